@@ -1,0 +1,10 @@
+"""Encoders and token mixers; importing this registers the encoders with MMSegmentation."""
+
+from cgspn_seg import compat  # noqa: F401  (must run before mmseg.models is imported)
+
+# isort: split
+from cgspn_seg.models.arch import ARCHITECTURES, Architecture
+from cgspn_seg.models.backbones import CGSPN
+from cgspn_seg.models.mixers import MIXERS
+
+__all__ = ["ARCHITECTURES", "CGSPN", "MIXERS", "Architecture"]

@@ -1,0 +1,221 @@
+"""The plain encoder: patch embedding and N blocks, with any token mixer per layer."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from mmseg.models.utils import PatchEmbed
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cgspn_seg.errors import closest
+from cgspn_seg.models.arch import Architecture, resolve_architecture
+from cgspn_seg.models.backbones.block import Block
+from cgspn_seg.models.mixers import build_mixer, mixer_configs
+from cgspn_seg.models.mixers.registry import MixerConfig
+
+LOCAL_PERCEPTION_PLACES = ("mixer", "mlp")
+
+
+@MODELS.register_module()
+class CGSPN(BaseModule):
+    """ViT-shaped encoder whose mixers propagate instead of attending (C-GSPN).
+
+    With ``mixer='attention'`` it is the isomorphic ViT, with a list of mixers a hybrid. There is no
+    class token. A positional embedding, interpolated to the size of the input, is there only if a
+    mixer needs one, as attention does.
+
+    Args:
+        arch: "tiny", "small", "base", "large", "so400m", or a dict with the fields of
+            :class:`cgspn_seg.models.Architecture`.
+        patch_size: side of a patch and stride of the features, pixels.
+        in_channels: channels of the image.
+        img_size: side, in pixels, of the square image that the positional embedding's grid is made
+            for.
+        mixer: "cgspn", "cgspn-lean", "attention", a dict of one of them with options, or a list
+            with one per layer.
+        local_perception: where blocks have a local perception unit, a subset of ("mixer", "mlp");
+            None leaves it to each layer's mixer.
+        out_indices: blocks whose outputs are returned, counted from 0; negative ones count from the
+            end.
+        out_norm: whether each output passes through a LayerNorm of its own.
+        drop_path_rate: probability of dropping a branch in the last block; it grows linearly from 0
+            in the first.
+        with_cp: recompute blocks in the backward pass instead of keeping their activations.
+        frozen_stages: -1 trains everything, 0 freezes the embedding, k also the first k blocks.
+        init_cfg: MMEngine's initialization, for example ``dict(type='Pretrained',
+            checkpoint=...)``.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
+        TypeError: an argument or mixer option does not exist.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, int] | Architecture = "small",
+        patch_size: int = 16,
+        in_channels: int = 3,
+        img_size: int = 512,
+        mixer: MixerConfig | Sequence[MixerConfig] = "cgspn",
+        local_perception: Sequence[str] | None = None,
+        out_indices: Sequence[int] = (-1,),
+        out_norm: bool = True,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        frozen_stages: int = -1,
+        init_cfg: Mapping | Sequence[Mapping] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            known = list(inspect.signature(CGSPN).parameters)[:-1]
+            name = next(iter(unknown))
+            raise TypeError(
+                f"CGSPN has no argument {name!r}; it takes {known}{closest(name, known)}"
+            )
+        super().__init__(init_cfg=init_cfg)
+        self.arch = resolve_architecture(arch)
+        dims, depth = self.arch.embed_dims, self.arch.num_layers
+        self.patch_size = patch_size
+        self.with_cp = with_cp
+        self.out_indices = _resolve_out_indices(out_indices, depth)
+        if not -1 <= frozen_stages <= depth:
+            raise ValueError(
+                f"frozen_stages must lie between -1 and the {depth} layers; got {frozen_stages}"
+            )
+        self.frozen_stages = frozen_stages
+        for place in local_perception or ():
+            if place not in LOCAL_PERCEPTION_PLACES:
+                raise ValueError(
+                    f"local_perception must be a subset of {LOCAL_PERCEPTION_PLACES}; got {place!r}"
+                )
+
+        self.patch_embed = PatchEmbed(in_channels, dims, kernel_size=patch_size, stride=patch_size)
+        mixers = [build_mixer(config, self.arch) for config in mixer_configs(mixer, depth)]
+        drop_paths = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            Block(
+                self.arch,
+                m,
+                m.local_perception if local_perception is None else local_perception,
+                drop_path,
+            )
+            for m, drop_path in zip(mixers, drop_paths, strict=True)
+        )
+        grid = max(img_size // patch_size, 1)
+        needs_pos_embed = any(m.needs_pos_embed for m in mixers)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dims)) if needs_pos_embed else None
+        self.out_norms = nn.ModuleList(
+            nn.LayerNorm(dims, eps=1e-6) if out_norm else nn.Identity() for _ in self.out_indices
+        )
+        self._reset_parameters()
+        self._freeze()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Features of (B, in_channels, H, W) images.
+
+        H and W are at least one patch; sizes that are no multiple of it are padded with zeros at
+        the bottom and right.
+
+        Returns:
+            One (B, C, ceil(H / patch_size), ceil(W / patch_size)) tensor per out index, in
+            channels_last layout.
+        """
+        if min(image.shape[-2:]) < self.patch_size:
+            raise ValueError(
+                f"images must be at least one patch, {self.patch_size} x {self.patch_size}; got "
+                f"{image.shape[-2]} x {image.shape[-1]}. Resize them, or take a smaller patch_size"
+            )
+        tokens, (height, width) = self.patch_embed(image)
+        # Under autocast the projection is half precision; the residual stream keeps the dtype of
+        # the parameters.
+        x = (
+            tokens.to(self.patch_embed.projection.weight.dtype)
+            .unflatten(1, (height, width))
+            .contiguous()
+        )
+        if self.pos_embed is not None:
+            x = x + resize_pos_embed(self.pos_embed, (height, width))
+        outputs = {}
+        for i, block in enumerate(self.blocks):
+            recompute = self.with_cp and x.requires_grad
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            if i in self.out_indices:
+                norm = self.out_norms[self.out_indices.index(i)]
+                outputs[i] = norm(x).permute(0, 3, 1, 2)
+        return tuple(outputs[i] for i in self.out_indices)
+
+    def train(self, mode: bool = True) -> "CGSPN":
+        """Sets training mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """The depth of a parameter, for layer-wise learning rates.
+
+        Args:
+            param_name: the parameter's name in the whole model.
+            prefix: what stands before this encoder's own names, for example "backbone.".
+
+        Returns:
+            The parameter's layer (0 for the embedding, i + 1 for block i, the number of layers less
+            one for what comes after the blocks and for parameters outside the encoder), and the
+            number of layers.
+        """
+        num_layers = len(self.blocks) + 2
+        name = param_name.removeprefix(prefix) if param_name.startswith(prefix) else ""
+        if name.startswith(("patch_embed.", "pos_embed")):
+            return 0, num_layers
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1, num_layers
+        return num_layers - 1, num_layers
+
+    def _reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        if self.pos_embed is not None:
+            self.pos_embed.requires_grad_(False)
+        for module in (self.patch_embed, *self.blocks[: self.frozen_stages]):
+            module.eval()
+            module.requires_grad_(False)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        key = prefix + "pos_embed"
+        if self.pos_embed is not None and key in state_dict and state_dict[key].ndim == 4:
+            state_dict[key] = resize_pos_embed(state_dict[key], self.pos_embed.shape[1:3])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:
+    """Interpolates a (1, h, w, C) positional embedding bicubically to ``size``, (1, H, W, C)."""
+    if tuple(pos_embed.shape[1:3]) == tuple(size):
+        return pos_embed
+    grid = F.interpolate(
+        pos_embed.permute(0, 3, 1, 2), size=tuple(size), mode="bicubic", align_corners=False
+    )
+    return grid.permute(0, 2, 3, 1)
+
+
+def _resolve_out_indices(out_indices: Sequence[int], depth: int) -> tuple[int, ...]:
+    for index in out_indices:
+        if not -depth <= index < depth:
+            raise ValueError(
+                f"out_indices must lie between {-depth} and {depth - 1} for {depth} layers; "
+                f"got {index}"
+            )
+    resolved = tuple(index % depth for index in out_indices)
+    if len(set(resolved)) != len(resolved):
+        raise ValueError(f"out_indices must not repeat; got {tuple(out_indices)}")
+    return resolved

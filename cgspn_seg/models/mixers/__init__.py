@@ -1,0 +1,14 @@
+"""Token mixers: modules from (B, H, W, C) tokens to (B, H, W, C), built from an architecture."""
+
+from cgspn_seg.models.mixers.attention import AttentionMixer
+from cgspn_seg.models.mixers.cgspn import CGSPNLeanMixer, CGSPNMixer
+from cgspn_seg.models.mixers.registry import MIXERS, build_mixer, mixer_configs
+
+__all__ = [
+    "MIXERS",
+    "AttentionMixer",
+    "CGSPNLeanMixer",
+    "CGSPNMixer",
+    "build_mixer",
+    "mixer_configs",
+]

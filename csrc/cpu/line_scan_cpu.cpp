@@ -1,0 +1,408 @@
+// The line scan on the CPU, forward and backward.
+//
+// A task scans one direction of one image for a slice of channels, line after line; tasks run in
+// parallel and the loops over channels vectorize. State, coefficients and their gradients are kept
+// in the accumulation type: double for float64, float for everything else.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "../line_scan_op.h"
+
+namespace cgspn_seg {
+namespace {
+
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// exp(x) for |x| <= 87, within 2 ulp: Taylor's series on [-ln(2)/2, ln(2)/2] and a shift of the
+// exponent. Unlike std::exp it vectorizes in a loop without -ffast-math.
+inline float exp_in_range(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const float shifted = x * 1.44269504089f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float poly = 1.0f / 5040.0f;
+  poly = poly * r + 1.0f / 720.0f;
+  poly = poly * r + 1.0f / 120.0f;
+  poly = poly * r + 1.0f / 24.0f;
+  poly = poly * r + 1.0f / 6.0f;
+  poly = poly * r + 0.5f;
+  poly = poly * r + 1.0f;
+  poly = poly * r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127) << 23;  // the low bits of `shifted` hold n
+  float scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return poly * scale;
+}
+
+inline float sigmoid(float x) {
+  const float bounded = x < -87.0f ? -87.0f : (x > 87.0f ? 87.0f : x);
+  // A NaN fails both comparisons and must come out again, whatever the bit manipulation made of it.
+  const float result = 1.0f / (1.0f + exp_in_range(-bounded));
+  return x == x ? result : x;
+}
+
+inline double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+// The channels one task works on; they hold whole groups.
+struct Slice {
+  int64_t first_group, num_groups, group_size;
+
+  int64_t first_channel() const { return first_group * group_size; }
+  int64_t num_channels() const { return num_groups * group_size; }
+
+  // Calls `body(group, channel)` for all channels, in loops that vectorize.
+  template <typename Body>
+  void for_each_channel(const Body& body) const {
+    if (group_size == 1) {
+#pragma omp simd
+      for (int64_t c = 0; c < num_groups; ++c) body(c, c);
+      return;
+    }
+    for (int64_t g = 0; g < num_groups; ++g) {
+#pragma omp simd
+      for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) body(g, c);
+    }
+  }
+};
+
+// One line of `num_positions` pixels with an empty pixel on either side, so that every pixel has
+// three neighbours.
+template <typename A>
+class Line {
+ public:
+  Line(int64_t num_positions, int64_t values_per_position)
+      : values_per_position_(values_per_position),
+        values_((num_positions + 2) * values_per_position) {}
+  A* at(int64_t position) { return values_.data() + (position + 1) * values_per_position_; }
+
+ private:
+  int64_t values_per_position_;
+  std::vector<A> values_;
+};
+
+// Normalizes the logits of one pixel. `w` receives three rows of one value per group; `sigma`, if
+// given, four: the sigmoids and the inverse sum, which the derivative needs.
+template <typename T, typename A>
+void normalize(const T* logits, int64_t tap_stride, bool has_prev, bool has_next, int64_t n, A* w,
+               A* sigma) {
+  const A prev_inside = has_prev, next_inside = has_next;
+#pragma omp simd
+  for (int64_t g = 0; g < n; ++g) {
+    const A prev = prev_inside * sigmoid(static_cast<A>(logits[g]));
+    const A mid = sigmoid(static_cast<A>(logits[tap_stride + g]));
+    const A next = next_inside * sigmoid(static_cast<A>(logits[2 * tap_stride + g]));
+    const A inverse = inverse_sum(prev, mid, next);
+    w[g] = prev * inverse;
+    w[n + g] = mid * inverse;
+    w[2 * n + g] = next * inverse;
+    if (sigma != nullptr) {
+      sigma[g] = prev;
+      sigma[n + g] = mid;
+      sigma[2 * n + g] = next;
+      sigma[3 * n + g] = inverse;
+    }
+  }
+}
+
+// Turns the gradient of w into the gradient of the logits. Both, w and σ are rows of one value per
+// group.
+template <typename T, typename A>
+void normalize_backward(const A* w, const A* sigma, const A* d_w, int64_t n, T* d_logits,
+                        int64_t tap_stride) {
+#pragma omp simd
+  for (int64_t g = 0; g < n; ++g) {
+    const A inverse = sigma[3 * n + g];
+    const A mean =
+        weighted_mean(d_w[g], w[g], d_w[n + g], w[n + g], d_w[2 * n + g], w[2 * n + g], inverse);
+    d_logits[g] = static_cast<T>(logit_gradient(d_w[g], mean, inverse, sigma[g]));
+    d_logits[tap_stride + g] =
+        static_cast<T>(logit_gradient(d_w[n + g], mean, inverse, sigma[n + g]));
+    d_logits[2 * tap_stride + g] =
+        static_cast<T>(logit_gradient(d_w[2 * n + g], mean, inverse, sigma[2 * n + g]));
+  }
+}
+
+template <typename T>
+struct ForwardTensors {
+  Pixels<const T> x, weight, gate;
+  Pixels<T> h;
+};
+
+template <typename T>
+struct BackwardTensors {
+  Pixels<const T> x, weight, grad_h, h;
+  Pixels<T> grad_weight;
+  Pixels<Accumulator<T>> adjoint;  // dL/dh including everything later in the scan
+};
+
+template <typename T>
+void scan_forward(const Problem& p, const ForwardTensors<T>& t, int64_t b, int64_t d,
+                  const Slice& s) {
+  using A = Accumulator<T>;
+  const Walk walk(p, d);
+  const int64_t n = s.num_groups, c0 = s.first_channel();
+  Line<A> state(walk.num_positions, s.num_channels()),
+      previous(walk.num_positions, s.num_channels());
+  std::vector<A> coefficients(3 * n);
+  const A* const w = coefficients.data();
+  for (int64_t line = 0; line < walk.num_lines; ++line) {
+    std::swap(state, previous);
+    const bool starts = walk.starts_segment(line);
+    for (int64_t j = 0; j < walk.num_positions; ++j) {
+      const int64_t row = walk.row(line, j), col = walk.col(line, j);
+      const T* const x = t.x.at(b, row, col) + c0;
+      const T* const gate = t.gate.at(b, row, col, d) + c0;
+      T* const h = t.h.at(b, row, col, d) + c0;
+      A* const out = state.at(j);
+      if (starts) {
+        s.for_each_channel([=](int64_t, int64_t c) {
+          out[c] = static_cast<A>(gate[c]) * static_cast<A>(x[c]);
+          h[c] = static_cast<T>(out[c]);
+        });
+        continue;
+      }
+      normalize<T, A>(t.weight.at(b, row, col, d) + s.first_group, t.weight.tap_stride, j > 0,
+                      j + 1 < walk.num_positions, n, coefficients.data(), nullptr);
+      const A* const h_prev = previous.at(j - 1);
+      const A* const h_mid = previous.at(j);
+      const A* const h_next = previous.at(j + 1);
+      s.for_each_channel([=](int64_t g, int64_t c) {
+        out[c] = w[g] * h_prev[c] + w[n + g] * h_mid[c] + w[2 * n + g] * h_next[c] +
+                 static_cast<A>(gate[c]) * static_cast<A>(x[c]);
+        h[c] = static_cast<T>(out[c]);
+      });
+    }
+  }
+}
+
+// The gradient of w at one pixel: the adjoint times the state of each neighbour, summed over the
+// channels of a group.
+template <typename T, typename A>
+void coefficient_gradient(const Slice& s, const A* adjoint, const T* h_prev, const T* h_mid,
+                          const T* h_next, A* d_w) {
+  const int64_t n = s.num_groups;
+  if (s.group_size == 1) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) {
+      d_w[c] = adjoint[c] * static_cast<A>(h_prev[c]);
+      d_w[n + c] = adjoint[c] * static_cast<A>(h_mid[c]);
+      d_w[2 * n + c] = adjoint[c] * static_cast<A>(h_next[c]);
+    }
+    return;
+  }
+  for (int64_t g = 0; g < n; ++g) {
+    A prev = 0, mid = 0, next = 0;
+#pragma omp simd reduction(+ : prev, mid, next)
+    for (int64_t c = g * s.group_size; c < (g + 1) * s.group_size; ++c) {
+      prev += adjoint[c] * static_cast<A>(h_prev[c]);
+      mid += adjoint[c] * static_cast<A>(h_mid[c]);
+      next += adjoint[c] * static_cast<A>(h_next[c]);
+    }
+    d_w[g] = prev;
+    d_w[n + g] = mid;
+    d_w[2 * n + g] = next;
+  }
+}
+
+// Visits the lines in the opposite order. A pixel's adjoint is its own gradient plus the adjoints
+// of the three pixels of the line after it that read from it, times their coefficients.
+template <typename T>
+void scan_backward(const Problem& p, const BackwardTensors<T>& t, int64_t b, int64_t d,
+                   const Slice& s) {
+  using A = Accumulator<T>;
+  const Walk walk(p, d);
+  const int64_t n = s.num_groups, c0 = s.first_channel();
+  Line<A> adjoints(walk.num_positions, s.num_channels()),
+      later_adjoints(walk.num_positions, s.num_channels());
+  Line<A> coefficients(walk.num_positions, 3 * n), later_coefficients(walk.num_positions, 3 * n);
+  std::vector<A> sigma(4 * n), d_w(3 * n);
+  for (int64_t line = walk.num_lines - 1; line >= 0; --line) {
+    std::swap(adjoints, later_adjoints);
+    std::swap(coefficients, later_coefficients);
+    const bool starts = walk.starts_segment(line);
+    const bool is_read = line + 1 < walk.num_lines && !walk.starts_segment(line + 1);
+    for (int64_t j = 0; j < walk.num_positions; ++j) {
+      const int64_t row = walk.row(line, j), col = walk.col(line, j);
+      const T* const grad_h = t.grad_h.at(b, row, col, d) + c0;
+      A* const adjoint = adjoints.at(j);
+      A* const stored = t.adjoint.at(b, row, col, d) + c0;
+      if (is_read) {
+        // The pixel is the neighbour at +1 of position j - 1, and at -1 of position j + 1.
+        const A* const g_prev = later_adjoints.at(j - 1);
+        const A* const g_mid = later_adjoints.at(j);
+        const A* const g_next = later_adjoints.at(j + 1);
+        const A* const w_prev = later_coefficients.at(j - 1) + 2 * n;
+        const A* const w_mid = later_coefficients.at(j) + n;
+        const A* const w_next = later_coefficients.at(j + 1);
+        s.for_each_channel([=](int64_t g, int64_t c) {
+          adjoint[c] = static_cast<A>(grad_h[c]) + w_prev[g] * g_prev[c] + w_mid[g] * g_mid[c] +
+                       w_next[g] * g_next[c];
+          stored[c] = adjoint[c];
+        });
+      } else {
+        s.for_each_channel(
+            [=](int64_t, int64_t c) { stored[c] = adjoint[c] = static_cast<A>(grad_h[c]); });
+      }
+      T* const grad_weight = t.grad_weight.at(b, row, col, d) + s.first_group;
+      if (starts) {
+        for (int tap = 0; tap < 3; ++tap)
+          std::fill_n(grad_weight + tap * t.grad_weight.tap_stride, n, T(0));
+        continue;
+      }
+      const bool has_prev = j > 0, has_next = j + 1 < walk.num_positions;
+      const auto h_before = [&](int64_t position) {
+        return t.h.at(b, walk.row(line - 1, position), walk.col(line - 1, position), d) + c0;
+      };
+      const T* const h_mid = h_before(j);
+      // Outside the image σ is 0, and with it the gradient of the logit: any finite state will do.
+      const T* const h_prev = has_prev ? h_before(j - 1) : h_mid;
+      const T* const h_next = has_next ? h_before(j + 1) : h_mid;
+      A* const w = coefficients.at(j);
+      normalize<T, A>(t.weight.at(b, row, col, d) + s.first_group, t.weight.tap_stride, has_prev,
+                      has_next, n, w, sigma.data());
+      coefficient_gradient<T, A>(s, adjoint, h_prev, h_mid, h_next, d_w.data());
+      normalize_backward<T, A>(w, sigma.data(), d_w.data(), n, grad_weight,
+                               t.grad_weight.tap_stride);
+    }
+  }
+}
+
+// Both factors of λ ⊙ x from the adjoint. `grad_gate` may be the adjoint's own memory.
+template <typename T>
+void input_gradients(const Problem& p, const Pixels<const T>& x, const Pixels<const T>& gate,
+                     const Pixels<Accumulator<T>>& adjoint, const Pixels<T>& grad_x,
+                     const Pixels<T>& grad_gate) {
+  using A = Accumulator<T>;
+  at::parallel_for(0, p.batch * p.height, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> sum(p.channels);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t b = index / p.height, row = index % p.height;
+      for (int64_t col = 0; col < p.width; ++col) {
+        std::fill(sum.begin(), sum.end(), A(0));
+        const T* const value = x.at(b, row, col);
+        for (int64_t d = 0; d < p.num_directions; ++d) {
+          const A* const g = adjoint.at(b, row, col, d);
+          const T* const lambda = gate.at(b, row, col, d);
+          T* const d_gate = grad_gate.at(b, row, col, d);
+#pragma omp simd
+          for (int64_t c = 0; c < p.channels; ++c) {
+            sum[c] += static_cast<A>(lambda[c]) * g[c];
+            d_gate[c] = static_cast<T>(static_cast<A>(value[c]) * g[c]);
+          }
+        }
+        std::transform(sum.begin(), sum.end(), grad_x.at(b, row, col),
+                       [](A v) { return static_cast<T>(v); });
+      }
+    }
+  });
+}
+
+// Runs `scan(b, d, slice)` for every image, direction and slice. Channels are divided only where
+// images and directions alone do not occupy the threads, at group borders, into slices wide enough
+// for the vector units.
+template <typename Scan>
+void for_each_scan(const Problem& p, const Scan& scan) {
+  constexpr int64_t kMinSliceChannels = 16;
+  const int64_t scans = p.batch * p.num_directions;
+  const int64_t wanted = at::divup(2 * at::get_num_threads(), std::max<int64_t>(scans, 1));
+  const int64_t largest =
+      std::max<int64_t>(1, p.channels / std::max(kMinSliceChannels, p.group_size()));
+  const int64_t slices = std::clamp<int64_t>(wanted, 1, largest);
+  const int64_t groups_per_slice = at::divup(p.groups, slices);
+  at::parallel_for(0, scans * slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first_group = (task % slices) * groups_per_slice;
+      const int64_t num_groups = std::min(groups_per_slice, p.groups - first_group);
+      if (num_groups <= 0) continue;
+      const int64_t image_and_direction = task / slices;
+      scan(image_and_direction / p.num_directions, image_and_direction % p.num_directions,
+           Slice{first_group, num_groups, p.group_size()});
+    }
+  });
+}
+
+// An uninitialized result. Large ones ask for huge pages: at 4 KiB a page, the faults of the first
+// touch take longer than the scan that fills them.
+at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const at::Tensor result = at::empty(sizes, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(result.data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1),
+                  last = (begin + result.nbytes()) & ~(kHugePage - 1);
+  // Only a hint: where the kernel declines it, nothing is lost.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return result;
+}
+
+at::Tensor line_scan_cpu(const at::Tensor& x, const at::Tensor& weight,
+                         const at::Tensor& input_gate, at::IntArrayRef directions,
+                         std::optional<int64_t> segment_length) {
+  const Problem p = check_arguments(x, weight, input_gate, directions, segment_length);
+  const at::Tensor h = empty_result(input_gate.sizes(), x.options());
+  if (h.numel() == 0) return h;
+  const at::Tensor dense_x = with_dense_channels(x), dense_weight = with_dense_channels(weight),
+                   dense_gate = with_dense_channels(input_gate);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "line_scan", [&] {
+    const ForwardTensors<scalar_t> tensors{pixels<const scalar_t>(dense_x),
+                                           pixels<const scalar_t>(dense_weight),
+                                           pixels<const scalar_t>(dense_gate), pixels<scalar_t>(h)};
+    for_each_scan(p, [&](int64_t b, int64_t d, const Slice& s) {
+      scan_forward<scalar_t>(p, tensors, b, d, s);
+    });
+  });
+  return h;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> line_scan_backward_cpu(
+    const at::Tensor& grad_h, const at::Tensor& x, const at::Tensor& weight,
+    const at::Tensor& input_gate, const at::Tensor& h, at::IntArrayRef directions,
+    std::optional<int64_t> segment_length) {
+  const Problem p =
+      check_backward_arguments(grad_h, x, weight, input_gate, h, directions, segment_length);
+  const at::Tensor grad_x = empty_result(x.sizes(), x.options());
+  const at::Tensor grad_weight = empty_result(weight.sizes(), x.options());
+  const at::Tensor grad_gate = empty_result(input_gate.sizes(), x.options());
+  if (grad_gate.numel() == 0) return {grad_x.zero_(), grad_weight.zero_(), grad_gate};
+  const at::Tensor dense_x = with_dense_channels(x), dense_weight = with_dense_channels(weight),
+                   dense_gate = with_dense_channels(input_gate),
+                   dense_grad_h = with_dense_channels(grad_h), dense_h = with_dense_channels(h);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, x.scalar_type(), "line_scan_backward", [&] {
+        using A = Accumulator<scalar_t>;
+        const bool half = !std::is_same_v<A, scalar_t>;
+        const at::Tensor adjoint =
+            half ? empty_result(grad_gate.sizes(), x.options().dtype(at::kFloat)) : grad_gate;
+        const BackwardTensors<scalar_t> tensors{
+            pixels<const scalar_t>(dense_x),      pixels<const scalar_t>(dense_weight),
+            pixels<const scalar_t>(dense_grad_h), pixels<const scalar_t>(dense_h),
+            pixels<scalar_t>(grad_weight),        pixels<A>(adjoint)};
+        for_each_scan(p, [&](int64_t b, int64_t d, const Slice& s) {
+          scan_backward<scalar_t>(p, tensors, b, d, s);
+        });
+        input_gradients<scalar_t>(p, tensors.x, pixels<const scalar_t>(dense_gate), tensors.adjoint,
+                                  pixels<scalar_t>(grad_x), pixels<scalar_t>(grad_gate));
+      });
+  return {grad_x, grad_weight, grad_gate};
+}
+
+TORCH_LIBRARY_IMPL(cgspn_seg, CPU, m) {
+  m.impl("line_scan", &line_scan_cpu);
+  m.impl("line_scan_backward", &line_scan_backward_cpu);
+}
+
+}  // namespace
+}  // namespace cgspn_seg

@@ -1,0 +1,46 @@
+// What the CUDA kernels take from the PyTorch side. No PyTorch header: the kernels compile with
+// nvcc alone.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../line_scan.h"
+
+namespace cgspn_seg {
+
+// The accumulation type: double for float64, float for everything else.
+template <typename T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+template <typename T>
+struct ForwardTensors {
+  Pixels<const T> x, weight, gate;
+  Pixels<T> h;
+};
+
+template <typename T>
+struct BackwardTensors {
+  Pixels<const T> x, weight, gate, grad_h, h;
+  Pixels<T> grad_x, grad_weight, grad_gate;
+  Pixels<Accumulator<T>>
+      adjoint;  // workspace (B, H, W, D, C): dL/dh including everything later in the scan
+};
+
+// Both enqueue their work on `stream` and return what the launches did. Instantiated for float,
+// double, __half and __nv_bfloat16.
+template <typename T>
+cudaError_t launch_forward(const Problem& problem, const ForwardTensors<T>& tensors,
+                           cudaStream_t stream);
+template <typename T>
+cudaError_t launch_backward(const Problem& problem, const BackwardTensors<T>& tensors,
+                            cudaStream_t stream);
+
+}  // namespace cgspn_seg

@@ -1,0 +1,99 @@
+"""Builds the propagation op, ``cgspn_seg._C``; everything else about the package stands in
+pyproject.toml.
+
+Environment:
+    FORCE_CUDA=1         build the CUDA kernels though no GPU is visible, or fail saying why not
+    FORCE_CUDA=0         build the CPU op alone
+    TORCH_CUDA_ARCH_LIST the GPU generations to build for (PyTorch's own variable)
+    CGSPN_CPU_ARCH       GCC's -march for the CPU kernel: native (default), x86-64-v3, ...
+"""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ModuleNotFoundError:
+    sys.exit(
+        "cgspn_seg's op is compiled against the installed PyTorch, and none is installed here: "
+        "install torch 2.11-2.13 first, then `pip install -e . --no-build-isolation`."
+    )
+
+CSRC = Path("csrc")
+
+
+def want_cuda() -> bool:
+    """Whether to build the CUDA kernels; exits where they were asked for and cannot be built."""
+    force = os.environ.get("FORCE_CUDA")
+    if force == "0":
+        return False
+    if force is None and not torch.cuda.is_available():
+        return False
+    if torch.version.cuda is None:
+        problem = "the installed PyTorch is a CPU build; install a CUDA build of it"
+    elif CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        problem = (
+            f"no nvcc was found; install the CUDA toolkit {torch.version.cuda} and set CUDA_HOME "
+            "to it"
+        )
+    else:
+        return True
+    if force is None:
+        print(
+            f"warning: a GPU is visible, but only the CPU op is built: {problem}.", file=sys.stderr
+        )
+        return False
+    sys.exit(f"FORCE_CUDA={force}, but {problem}.")
+
+
+def compile_flags() -> list[str]:
+    """Flags of the host compiler."""
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ]
+    if sys.platform == "linux":
+        flags.append("-fopenmp")
+    if platform.machine() in {"x86_64", "aarch64"}:
+        flags.append(f"-march={os.environ.get('CGSPN_CPU_ARCH', 'native')}")
+    return flags
+
+
+def extension() -> Extension:
+    """The extension module with the sources this machine can build."""
+    compiler = os.environ.get("CXX", "g++" if sys.platform == "linux" else "c++").split()[0]
+    if shutil.which(compiler) is None:
+        sys.exit(
+            f"No C++ compiler: `{compiler}` was not found. Install one (Debian, Ubuntu: apt "
+            "install g++), or name yours in the environment variable CXX."
+        )
+    cuda = want_cuda()
+    sources = [CSRC / "line_scan.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
+    arguments: dict = {"cxx": compile_flags()}
+    macros = []
+    if cuda:
+        sources += [*sorted(CSRC.glob("cuda/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
+        arguments["nvcc"] = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
+        macros.append(("CGSPN_WITH_CUDA", None))
+    build = CUDAExtension if cuda else CppExtension
+    return build(
+        "cgspn_seg._C",
+        [str(source) for source in sources],
+        define_macros=macros,
+        depends=[str(header) for header in CSRC.rglob("*.h")],
+        extra_compile_args=arguments,
+        extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
