@@ -4,8 +4,8 @@
 //
 // Notation (GSPN, section 3): for line i, position j along the line and channel c,
 //
-//     h[i][j] = w[i][j][0] * h[i-1][j-1] + w[i][j][1] * h[i-1][j] + w[i][j][2] * h[i-1][j+1] +
-//     gate[i][j] * x[i][j]
+//     h[i][j] = w[i][j][0] * h[i-1][j-1] + w[i][j][1] * h[i-1][j] + w[i][j][2] * h[i-1][j+1]
+//               + gate[i][j] * x[i][j]
 //
 // where w are the sigmoids of three logits divided by their sum over the neighbours that lie in the
 // image.
@@ -89,7 +89,7 @@ struct Pixels {
 // where that neighbour lies outside the image, w_k = σ_k * inverse_sum(σ_-1, σ_0, σ_+1). The sum is
 // kept away from zero as in the original implementation; below the bound the weights sum to less
 // than one.
-constexpr float kMinSum = 1e-7f;
+constexpr double kMinSum = 1e-7;
 
 template <typename T>
 CGSPN_INLINE T inverse_sum(T sigma_prev, T sigma_mid, T sigma_next) {
