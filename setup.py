@@ -26,6 +26,15 @@ except ModuleNotFoundError:
     )
 
 CSRC = Path("csrc")
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "--expt-relaxed-constexpr",
+    "-lineinfo",
+    # PyTorch's build flags hide CUDA's own conversions of its half types.
+    "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+]
 
 
 def want_cuda() -> bool:
@@ -83,7 +92,7 @@ def extension() -> Extension:
     macros = []
     if cuda:
         sources += [*sorted(CSRC.glob("cuda/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
-        arguments["nvcc"] = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
+        arguments["nvcc"] = NVCC_FLAGS
         macros.append(("CGSPN_WITH_CUDA", None))
     build = CUDAExtension if cuda else CppExtension
     return build(

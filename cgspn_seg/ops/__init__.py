@@ -1,6 +1,6 @@
 """The propagation operator: one line scan for GSPN, GSPN-2 and C-GSPN."""
 
-from cgspn_seg.ops.line_scan import DIRECTIONS, line_scan
+from cgspn_seg.ops.line_scan import DIRECTIONS, direction_indices, line_scan
 from cgspn_seg.ops.reference import line_scan_reference
 
-__all__ = ["DIRECTIONS", "line_scan", "line_scan_reference"]
+__all__ = ["DIRECTIONS", "direction_indices", "line_scan", "line_scan_reference"]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from cgspn_seg.models.arch import Architecture
 from cgspn_seg.models.mixers.registry import MIXERS
-from cgspn_seg.ops import DIRECTIONS, line_scan
+from cgspn_seg.ops import DIRECTIONS, direction_indices, line_scan
 
 
 @MIXERS.register_module(name="cgspn")
@@ -38,7 +38,7 @@ class CGSPNMixer(nn.Module):
         gated: whether the two C x C products are there.
 
     Raises:
-        ValueError: ``weight_groups`` does not divide the latent channels.
+        ValueError: ``weight_groups`` does not divide the latent channels, or a direction is unknown.
     """
 
     needs_pos_embed = False
@@ -62,6 +62,7 @@ class CGSPNMixer(nn.Module):
             raise ValueError(
                 f"weight_groups must divide the {latent} latent channels; got {self.weight_groups}"
             )
+        direction_indices(directions)  # an unknown name is an error now, not in the first step
         self.directions = tuple(directions)
         self.segment_length = segment_length
         self.down = nn.Linear(dims, latent)

@@ -1,0 +1,15 @@
+"""What MMSegmentation lacks on the way from files to training samples."""
+
+from cgspn_seg import compat  # noqa: F401  (before mmseg)
+from cgspn_seg.datasets.camvid import CamVidDataset
+from cgspn_seg.datasets.errors import DataError
+from cgspn_seg.datasets.paths import check_data_paths
+from cgspn_seg.datasets.transforms import LoadAnnotations, LoadImageFromFile
+
+__all__ = [
+    "CamVidDataset",
+    "DataError",
+    "LoadAnnotations",
+    "LoadImageFromFile",
+    "check_data_paths",
+]
