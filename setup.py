@@ -28,7 +28,6 @@ except ModuleNotFoundError:
 CSRC = Path("csrc")
 NVCC_FLAGS = [
     "-O3",
-    "-std=c++20",
     "--expt-relaxed-constexpr",
     "-lineinfo",
     # PyTorch's build flags hide CUDA's own conversions of its half types.
@@ -65,7 +64,6 @@ def compile_flags() -> list[str]:
     """Flags of the host compiler."""
     flags = [
         "-O3",
-        "-std=c++20",
         "-fno-math-errno",
         "-fno-trapping-math",
         "-Wall",
