@@ -42,4 +42,4 @@ build: ## Compile the op anew
 
 clean: ## Remove what was compiled and cached; the environment and work_dirs stay
 	@rm -rf build dist *.egg-info cgspn_seg/_C*.so .pytest_cache .ruff_cache .hypothesis
-	@find cgspn_seg tools tests configs -name __pycache__ -prune -exec rm -rf {} +
+	@find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

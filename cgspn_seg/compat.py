@@ -8,6 +8,7 @@ Importing this module
 
 import ast
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -98,6 +99,7 @@ class _OpsStub(types.ModuleType):
 
     def __init__(self, folder: Path) -> None:
         super().__init__("mmcv.ops", "mmcv.ops without compiled operators, see cgspn_seg.compat.")
+        self.__spec__ = importlib.machinery.ModuleSpec("mmcv.ops", None, is_package=True)
         self.__path__ = [str(folder)]
         self.__file__ = str(folder / "__init__.py")
         self.__all__ = _exported_names(folder / "__init__.py")

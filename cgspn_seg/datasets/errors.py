@@ -11,7 +11,7 @@ def unreadable(what: str, path: str, error: Exception) -> DataError:
     """The error that says that an image or a label cannot be read."""
     if isinstance(error, FileNotFoundError):
         return DataError(f"The {what} {path} does not exist.")
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).replace(path, "").split()).rstrip(" :") or type(error).__name__
     return DataError(
         f"The {what} {path} cannot be read ({reason}): replace the file, or remove it and its pair."
     )

@@ -14,7 +14,7 @@ ARCH = dict(embed_dims=8, num_layers=2, num_heads=2, feedforward_channels=16, la
 class Segmentor(nn.Module):
     def __init__(self, mixer: str = "attention") -> None:
         super().__init__()
-        self.backbone = CGSPN(arch=ARCH, patch_size=4, img_size=16, mixer=mixer)
+        self.backbone = CGSPN(arch=ARCH, patch_size=4, img_size=16, mixer=mixer, out_norm=True)
         self.decode_head = nn.Conv2d(8, 3, 1)
 
 

@@ -69,6 +69,8 @@ def test_only_attention_has_a_positional_embedding_and_no_local_perception():
     assert build(mixer="cgspn").pos_embed is None
     attention = build(mixer="attention")
     assert attention.pos_embed.shape == (1, 8, 8, 16)
+    oblong = CGSPN(arch=TINY, patch_size=4, img_size=(16, 24), mixer="attention")
+    assert oblong.pos_embed.shape == (1, 4, 6, 16)
     assert not any("lpu" in name for name, _ in attention.named_parameters())
     assert any("mixer_lpu" in name for name, _ in build(mixer="cgspn").named_parameters())
 
@@ -132,7 +134,7 @@ def test_frozen_stages_keep_their_parameters_and_stay_in_evaluation_mode():
 
 
 def test_layers_are_numbered_from_the_embedding_to_what_follows_the_blocks():
-    model = build(mixer="attention")
+    model = build(mixer="attention", out_norm=True)
     depth = {
         name.split(".")[0]: model.get_layer_depth(f"backbone.{name}", "backbone.")
         for name, _ in model.named_parameters()

@@ -34,8 +34,8 @@ class CGSPN(BaseModule):
             :class:`cgspn_seg.models.Architecture`.
         patch_size: side of a patch and stride of the features, pixels.
         in_channels: channels of the image.
-        img_size: side, in pixels, of the square image that the positional embedding's grid is made
-            for.
+        img_size: (height, width), or the side of a square, in pixels, of the images that the
+            positional embedding's grid is made for.
         mixer: "cgspn", "cgspn-lean", "attention", a dict of one of them with options, or a list
             with one per layer.
         local_perception: where blocks have a local perception unit, a subset of ("mixer", "mlp");
@@ -60,11 +60,11 @@ class CGSPN(BaseModule):
         arch: str | Mapping[str, int] | Architecture = "small",
         patch_size: int = 16,
         in_channels: int = 3,
-        img_size: int = 512,
+        img_size: int | Sequence[int] = 512,
         mixer: MixerConfig | Sequence[MixerConfig] = "cgspn",
         local_perception: Sequence[str] | None = None,
         out_indices: Sequence[int] = (-1,),
-        out_norm: bool = True,
+        out_norm: bool = False,
         drop_path_rate: float = 0.0,
         with_cp: bool = False,
         frozen_stages: int = -1,
@@ -106,9 +106,10 @@ class CGSPN(BaseModule):
             )
             for m, drop_path in zip(mixers, drop_paths, strict=True)
         )
-        grid = max(img_size // patch_size, 1)
+        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        grid = [max(side // patch_size, 1) for side in sides]
         needs_pos_embed = any(m.needs_pos_embed for m in mixers)
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dims)) if needs_pos_embed else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dims)) if needs_pos_embed else None
         self.out_norms = nn.ModuleList(
             nn.LayerNorm(dims, eps=1e-6) if out_norm else nn.Identity() for _ in self.out_indices
         )

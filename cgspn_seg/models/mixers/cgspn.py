@@ -38,7 +38,8 @@ class CGSPNMixer(nn.Module):
         gated: whether the two C x C products are there.
 
     Raises:
-        ValueError: ``weight_groups`` does not divide the latent channels, or a direction is unknown.
+        ValueError: ``weight_groups`` does not divide the latent channels, or a direction is
+            unknown.
     """
 
     needs_pos_embed = False

@@ -1,0 +1,36 @@
+"""Reading checkpoints: safely, and only where they fit.
+
+Importing this package registers `Pretrained` (the checked one) and `CheckpointCheckHook` with
+MMSegmentation. Safe loading itself is a property of the process, so a tool asks for it with
+:func:`protect_checkpoint_loading`.
+"""
+
+from cgspn_seg import compat  # noqa: F401  (before mmseg)
+from cgspn_seg.checkpoints.fit import (
+    CheckpointFit,
+    load_weights,
+    require_complete,
+    require_usable,
+    state_dict_of,
+)
+from cgspn_seg.checkpoints.hook import CheckpointCheckHook, RunComplete
+from cgspn_seg.checkpoints.loading import (
+    CheckpointError,
+    load_checkpoint,
+    protect_checkpoint_loading,
+)
+from cgspn_seg.checkpoints.pretrained import CheckedPretrainedInit
+
+__all__ = [
+    "CheckedPretrainedInit",
+    "CheckpointCheckHook",
+    "CheckpointError",
+    "CheckpointFit",
+    "RunComplete",
+    "load_checkpoint",
+    "load_weights",
+    "protect_checkpoint_loading",
+    "require_complete",
+    "require_usable",
+    "state_dict_of",
+]

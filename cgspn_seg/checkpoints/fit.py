@@ -1,0 +1,230 @@
+"""Does a checkpoint fit a model? Loading weights, and saying in one message what did not match."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from torch import nn
+
+from cgspn_seg.checkpoints.loading import CheckpointError
+
+__all__ = ["CheckpointFit", "load_weights", "require_complete", "require_usable", "state_dict_of"]
+
+_SHOWN = 4  # keys listed of each kind; a mismatch repeats itself in every layer
+# Runs in training only, so its absence does not change a prediction.
+_TRAINING_ONLY = ("auxiliary_head",)
+# Of batch norms; checkpoints before PyTorch 0.4.1 lack it, and nothing here depends on it.
+_COUNTER = "num_batches_tracked"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointFit:
+    """How the tensors of a checkpoint and of a model correspond.
+
+    Attributes:
+        num_tensors: Number of tensors of the model.
+        missing: Tensors of the model that the checkpoint lacks.
+        unexpected: Tensors of the checkpoint that the model lacks.
+        mismatched: Shapes in the model and in the checkpoint, of tensors that differ in shape.
+        children: Names of the model's direct children, such as `backbone`.
+        counts: Number of matched and of all tensors, by child.
+    """
+
+    num_tensors: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    children: frozenset[str] = frozenset()
+    counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def num_matched(self) -> int:
+        """Number of tensors of the model that were loaded."""
+        return self.num_tensors - len(self.missing) - len(self.mismatched)
+
+    @property
+    def is_perfect(self) -> bool:
+        """Whether both sides hold the same tensors."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    @property
+    def is_complete_for_prediction(self) -> bool:
+        """Whether all differences are in parts that do not take part in a prediction.
+
+        These are the auxiliary head, and whole parts of the checkpoint that the model does not
+        have, such as a distillation's teacher.
+        """
+        used = self.children - set(_TRAINING_ONLY)
+        differing = (*self.missing, *self.unexpected, *self.mismatched)
+        return self.num_matched > 0 and not any(_child(key) in used for key in differing)
+
+    def describe(self) -> str:
+        """List how much matches and the first keys that do not, over a few indented lines."""
+        lines = [f"{self.num_matched} of the model's {self.num_tensors} tensors match"]
+        if len(self.counts) > 1:
+            parts = (f"{name} {got}/{total}" for name, (got, total) in self.counts.items())
+            lines[0] += f" ({', '.join(parts)})"
+        shapes = (
+            f"{key}: expected {expected}, got {got}"
+            for key, (expected, got) in self.mismatched.items()
+        )
+        for title, keys, number, separator in (
+            ("missing in the file", self.missing, len(self.missing), ", "),
+            ("unexpected in the file", self.unexpected, len(self.unexpected), ", "),
+            ("of another shape", shapes, len(self.mismatched), "; "),
+        ):
+            if number:
+                lines.append(f"  {number} {title}: {_first(keys, number, separator)}")
+        return "\n".join(lines)
+
+
+def _child(key: str) -> str:
+    return key.split(".", 1)[0]
+
+
+def _first(keys: Iterable[str], number: int, separator: str = ", ") -> str:
+    shown = separator.join(islice(keys, _SHOWN))
+    return shown + (f"{separator}… and {number - _SHOWN} more" if number > _SHOWN else "")
+
+
+def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Take the weights out of a checkpoint, without the `module.` that DDP puts before the keys.
+
+    Raises:
+        CheckpointError: If there is no tensor among them.
+    """
+    stored = checkpoint.get("state_dict", checkpoint)
+    weights = _like(stored, {key.removeprefix("module."): stored[key] for key in stored})
+    if not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise CheckpointError(
+            "no weights found: expected a dict of tensors, or one under `state_dict`, got the keys "
+            f"{_first(map(str, checkpoint), len(checkpoint))}"
+        )
+    return weights
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> CheckpointFit:
+    """Load what fits into a model and report the rest; the caller decides whether that will do.
+
+    Args:
+        model: The model; wrappers (DDP, test-time augmentation) are looked through.
+        state_dict: Tensors by name, as the model names them.
+
+    Returns:
+        How the two correspond, but for the counters of batch norms.
+    """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    expected = {
+        key: tuple(value.shape)
+        for key, value in _tensors(model.state_dict()).items()
+        if not key.endswith(_COUNTER)
+    }
+    mismatched: dict[str, tuple[Shape, Shape]] = {}
+    try:
+        keys = model.load_state_dict(state_dict, strict=False)
+    except RuntimeError:
+        # PyTorch reports other shapes as text only. It comes first, since modules may adapt
+        # what they load, and what they adapt is no mismatch.
+        mismatched = {
+            key: (expected[key], tuple(value.shape))
+            for key, value in _tensors(state_dict).items()
+            if key in expected and expected[key] != tuple(value.shape)
+        }
+        if not mismatched:
+            raise
+        fitting = {key: value for key, value in state_dict.items() if key not in mismatched}
+        keys = model.load_state_dict(_like(state_dict, fitting), strict=False)
+    missing = tuple(
+        key for key in keys.missing_keys if key not in mismatched and not key.endswith(_COUNTER)
+    )
+    absent = {*missing, *mismatched}
+    counts: dict[str, tuple[int, int]] = {}
+    for key in expected:
+        got, total = counts.get(_child(key), (0, 0))
+        counts[_child(key)] = (got + (key not in absent), total + 1)
+    children = frozenset(name for name, _ in model.named_children())
+    return CheckpointFit(
+        len(expected), missing, tuple(keys.unexpected_keys), mismatched, children, counts
+    )
+
+
+def _like(state_dict: Mapping[str, Any], chosen: dict[str, Any]) -> OrderedDict[str, Any]:
+    """A state dict of `chosen`, with the module versions that PyTorch attached to `state_dict`."""
+    weights = OrderedDict(chosen)
+    if hasattr(state_dict, "_metadata"):
+        weights._metadata = state_dict._metadata
+    return weights
+
+
+def _tensors(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+
+
+def _cause(fit: CheckpointFit) -> str:
+    """Guess why a checkpoint does not fit, and say what to do."""
+    classes = {
+        (expected[0], got[0])
+        for key, (expected, got) in fit.mismatched.items()
+        if ".conv_seg." in f".{key}" and expected[1:] == got[1:]
+    }
+    if classes and all(".conv_seg." in f".{key}" for key in fit.mismatched):
+        expected, got = classes.pop()
+        return (
+            f"The heads differ in their number of classes: {expected} in the config, {got} in the "
+            "file. Set `num_classes` and the data set to what the file was trained for."
+        )
+    if fit.num_matched == 0:
+        return (
+            "Nothing matches: the file holds another model, or only a part of one (a bare "
+            "backbone is given in the config, `init_cfg=dict(type='Pretrained', checkpoint=...)`)."
+        )
+    return (
+        "The file was trained with another architecture (`arch`, `mixer`, `patch_size`, head "
+        "channels): use the config it was trained with; MMEngine leaves a copy in its work_dir."
+    )
+
+
+def require_complete(
+    fit: CheckpointFit, filename: str, trained_as: str | None = None, *, for_prediction: bool
+) -> None:
+    """Refuse a checkpoint that leaves tensors of the model at their random start.
+
+    Args:
+        fit: What :func:`load_weights` found.
+        filename: Names the checkpoint in the message.
+        trained_as: The experiment's name that MMEngine keeps in a checkpoint's meta, if known.
+        for_prediction: Let pass what only training uses (the auxiliary head).
+
+    Raises:
+        CheckpointError: If something is missing, unexpected or of another shape.
+    """
+    if not (fit.is_complete_for_prediction if for_prediction else fit.is_perfect):
+        origin = f" (trained as {trained_as})" if trained_as else ""
+        raise CheckpointError(
+            f"{filename}{origin} does not fit the model: {fit.describe()}\n{_cause(fit)}"
+        )
+
+
+def require_usable(fit: CheckpointFit, filename: str) -> None:
+    """Refuse a checkpoint from which a model, or its backbone, gets nothing.
+
+    Fine-tuning may replace heads, so other differences pass.
+
+    Raises:
+        CheckpointError: If no tensor matches, or none of the backbone's.
+    """
+    backbone, total = fit.counts.get("backbone", (0, 0))
+    if fit.num_matched == 0 or (total and not backbone):
+        raise CheckpointError(
+            f"{filename} leaves the {'backbone' if fit.num_matched else 'model'} at its random "
+            f"start: {fit.describe()}\n{_cause(fit)}"
+        )

@@ -1,0 +1,98 @@
+"""The hook that judges what a run loads or resumes."""
+
+from __future__ import annotations
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from mmseg.registry import HOOKS
+
+from cgspn_seg.checkpoints.fit import (
+    load_weights,
+    require_complete,
+    require_usable,
+    state_dict_of,
+)
+from cgspn_seg.checkpoints.loading import CheckpointError
+
+__all__ = ["CheckpointCheckHook", "RunComplete"]
+
+
+class RunComplete(Exception):
+    """A run that was resumed has no iteration left."""
+
+
+@HOOKS.register_module()
+class CheckpointCheckHook(Hook):
+    """Refuse a checkpoint that does not fit, and a resumed schedule that has run out.
+
+    MMEngine loads what fits and warns of the rest. Here a test and a resumed training need every
+    tensor; a training that starts from `load_from` may replace its heads, not its backbone.
+    Resuming also restores the learning rate schedule, so a finished run whose `max_iters` was
+    raised would go on at the schedule's last rate, usually 0.
+
+    Args:
+        for_prediction: Whether the run tests (or validates) only.
+    """
+
+    # After hooks that put other weights in the checkpoint's place, such as EMAHook.
+    priority = "LOWEST"
+
+    def __init__(self, for_prediction: bool = False) -> None:
+        self.for_prediction = for_prediction
+        self._configured_ends: list[int] = []
+
+    def before_run(self, runner: Runner) -> None:
+        """Remember where the configured schedules end; resuming overwrites it."""
+        self._configured_ends = [scheduler.end for scheduler in _schedulers(runner)]
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Judge the checkpoint before MMEngine loads it."""
+        filename = str(runner._load_from or "the checkpoint to resume")
+        fit = load_weights(runner.model, state_dict_of(checkpoint))
+        if self.for_prediction or runner._resume:
+            trained_as = checkpoint.get("meta", {}).get("experiment_name")
+            require_complete(fit, filename, trained_as, for_prediction=self.for_prediction)
+            return
+        require_usable(fit, filename)
+        if not fit.is_perfect:
+            runner.logger.warning(
+                f"{filename} fits in part, the rest starts at random: {fit.describe()}"
+            )
+
+    def before_train(self, runner: Runner) -> None:
+        """Compare the restored schedule with the configured one."""
+        if not runner._resume or runner.iter == 0:
+            return
+        if runner.iter >= runner.max_iters:
+            # MMEngine would read the data of all iterations once more, then stop.
+            raise RunComplete(
+                f"Nothing to resume: the run is complete, {runner.iter} of {runner.max_iters} "
+                "iterations are done."
+            )
+        schedulers = _schedulers(runner)
+        restored = [scheduler.end for scheduler in schedulers]
+        if restored == self._configured_ends or not schedulers:
+            return
+        last = max(schedulers, key=lambda scheduler: scheduler.end)
+        unit = "epoch" if last.by_epoch else "iteration"
+        done = runner.epoch if last.by_epoch else runner.iter
+        message = (
+            f"The learning rate schedule of the resumed run ends at {unit} {last.end}, that of the "
+            f"config at {max(self._configured_ends)}; resuming keeps the former, so training would "
+            f"go on at the last learning rate ({last.get_last_value()[0]:g} now)"
+        )
+        way_out = (
+            "To train longer, start a new run from these weights: leave out --resume and pass "
+            "--cfg-options load_from=CHECKPOINT, with a new --work-dir."
+        )
+        if done >= last.end:
+            raise CheckpointError(f"{message}. {way_out}")
+        runner.logger.warning(f"{message} from there on. {way_out}")
+
+
+def _schedulers(runner: Runner) -> list:
+    """The runner's parameter schedulers once they are built, whatever the container."""
+    schedulers = runner.param_schedulers or []
+    if isinstance(schedulers, dict):
+        schedulers = [item for group in schedulers.values() for item in group]
+    return [item for item in schedulers if hasattr(item, "get_last_value")]

@@ -1,0 +1,88 @@
+"""From a config and a checkpoint to label maps of image files."""
+
+from __future__ import annotations
+
+import os
+
+from cgspn_seg import compat  # noqa: F401  (before mmseg)
+
+# isort: split
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.device import get_device
+from mmseg.apis import init_model
+from mmseg.registry import DATASETS
+
+from cgspn_seg.checkpoints import load_checkpoint, load_weights, require_complete, state_dict_of
+from cgspn_seg.visualization import distinct_palette
+
+__all__ = ["Predictor"]
+
+
+class Predictor:
+    """A trained segmentor, ready for image files; infers whole or by slides as `test_cfg` says.
+
+    Args:
+        cfg: The config the checkpoint was trained with.
+        checkpoint: Path or URL.
+        device: Such as `cpu` or `cuda:1`. Default: a GPU where there is one.
+
+    Attributes:
+        classes: Names of the classes; from the checkpoint, else from the config's data set, else
+            numbered.
+        palette: RGB uint8 colors of shape (num_classes, 3), from the same place.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fill the model.
+        ValueError: If there is no such device.
+    """
+
+    def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
+        device = _usable(device or get_device())
+        content = load_checkpoint(checkpoint)
+        meta = content.get("meta", {})
+        self.model = init_model(cfg, None, device="cpu")
+        fit = load_weights(self.model, state_dict_of(content))
+        require_complete(fit, checkpoint, meta.get("experiment_name"), for_prediction=True)
+        self.model.to(device)
+        self.num_classes: int = self.model.num_classes
+        self.classes, self.palette = _classes_and_palette(cfg, meta, self.num_classes)
+        pipeline = cfg.get("test_pipeline") or cfg.test_dataloader.dataset.pipeline
+        # Images to predict have no labels.
+        self._pipeline = Compose([step for step in pipeline if step["type"] != "LoadAnnotations"])
+
+    def __call__(self, image: str | os.PathLike[str]) -> np.ndarray:
+        """Predict the class ids of an image file, integers of shape (H, W)."""
+        data = self._pipeline({"img_path": os.fspath(image)})
+        batch = {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
+        with torch.inference_mode():
+            sample = self.model.test_step(batch)[0]
+        return sample.pred_sem_seg.data[0].cpu().numpy()
+
+
+def _usable(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {device!r} cannot be used here ({reason}); try cpu") from error
+    return device
+
+
+def _classes_and_palette(cfg: Config, meta: dict, num_classes: int) -> tuple[list[str], np.ndarray]:
+    known = meta.get("dataset_meta") or {}
+    if not known and "CLASSES" in meta:  # MMSegmentation 0.x
+        known = {"classes": meta["CLASSES"], "palette": meta.get("PALETTE")}
+    if not known.get("classes") and "test_dataloader" in cfg:
+        # Without its pipeline and its list of files, a data set needs no data.
+        dataset = {**cfg.test_dataloader.dataset, "pipeline": [], "lazy_init": True}
+        known = DATASETS.build(dataset).metainfo
+    classes = list(known.get("classes") or [])
+    if len(classes) != num_classes:
+        classes = [f"class {index}" for index in range(num_classes)]
+    palette = known.get("palette")
+    if palette is None or len(palette) < num_classes:
+        palette = distinct_palette(num_classes)
+    return classes, np.asarray(palette, np.uint8)[:num_classes]

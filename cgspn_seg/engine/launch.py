@@ -1,0 +1,394 @@
+"""What the tools share: the way from a command line to a runner."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cgspn_seg
+from cgspn_seg import compat  # noqa: F401  (before mmseg)
+
+# isort: split
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.runner import Runner
+from mmseg.registry import RUNNERS
+
+from cgspn_seg import datasets, models  # noqa: F401  (their parts, for configs without them)
+from cgspn_seg.checkpoints import CheckpointCheckHook, RunComplete, protect_checkpoint_loading
+from cgspn_seg.engine.cli import INTERRUPTED, is_interruption, message_of, run
+from cgspn_seg.errors import closest
+
+__all__ = [
+    "add_config_arguments",
+    "build_runner",
+    "configure_amp",
+    "configure_resume",
+    "load_config",
+    "run",
+    "train",
+]
+
+# Config keys that these tools read beyond those of MMEngine's Runner.
+CHANNELS_LAST = "channels_last"
+_OWN_KEYS = (CHANNELS_LAST,)
+# What MMEngine and MMSegmentation read of a config: the runner's arguments, what it looks up
+# later, and what their tools and inference use.
+_UPSTREAM_KEYS = frozenset(inspect.signature(Runner).parameters) | {
+    "activation_checkpointing",
+    "compile",
+    "custom_imports",
+    "efficient_conv_bn_eval",
+    "find_unused_parameters",
+    "model_wrapper_cfg",
+    "runner_type",
+    "sync_bn",
+    "test_pipeline",
+    "tta_model",
+    "tta_pipeline",
+}
+_CONFIG_SUFFIXES = (".py", ".yaml", ".yml", ".json")
+_PACKAGE = Path(cgspn_seg.__file__).parent
+
+
+class _Options(DictAction):
+    """MMEngine's way to read KEY=VALUE, whose own errors do not name the option."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        try:
+            super().__call__(parser, *args)
+        except (AssertionError, RecursionError, ValueError):
+            pairs = shlex.join(args[1])
+            parser.error(
+                f"--cfg-options {pairs}: expected KEY=VALUE pairs, where VALUE is a word, a number "
+                'or a list such as "[a,(b,c)]"; set the entries of a dict one by one, as '
+                "KEY.ENTRY=VALUE"
+            )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
+    """Add the arguments that every tool with a config has.
+
+    Args:
+        parser: The tool's parser.
+        runs: Whether the tool builds a runner: adds `--work-dir`, `--launcher`, `--local_rank`.
+    """
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=_Options,
+        metavar="KEY=VALUE",
+        help="override config values, such as train_dataloader.batch_size=8 or key='[a,b]'",
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load checkpoints that hold more than tensors and MMEngine's run state; such a file "
+        "can run any code, so only for files from a source you trust",
+    )
+    if runs:
+        parser.add_argument(
+            "--work-dir",
+            help="folder for logs and checkpoints (default: the config's work_dir, or "
+            "work_dirs/<config name>)",
+        )
+        parser.add_argument(
+            "--launcher",
+            choices=("none", "pytorch", "slurm", "mpi"),
+            default="none",
+            help="job launcher of distributed training",
+        )
+        # torchrun passes the one, older launchers the other.
+        parser.add_argument(
+            "--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS
+        )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config of a command line and prepare the process for it.
+
+    Merges `--cfg-options`, settles the work folder, the launcher and MMSegmentation's scope, and
+    protects checkpoint loading unless `--trust-checkpoint` is given.
+
+    Args:
+        args: Parsed arguments: `config` and those of :func:`add_config_arguments`.
+
+    Returns:
+        The config, ready for :func:`build_runner`.
+
+    Raises:
+        FileNotFoundError: If there is no such config; the message has the closest names.
+        ValueError: If it cannot be read, or an option or a key is read by nothing.
+    """
+    protect_checkpoint_loading(trust=args.trust_checkpoint)
+    cfg = _read_config(args.config)
+    _merge_options(cfg, args.cfg_options or {})
+    _check_own_keys(cfg)
+    cfg.setdefault("default_scope", "mmseg")
+    if not hasattr(args, "launcher"):
+        return cfg
+    cfg.launcher = args.launcher
+    if args.launcher != "none":
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+        if get_device() == "cpu":
+            raise ValueError(
+                f"--launcher {args.launcher}: distributed runs need GPUs (MMEngine's DDP), and "
+                "none is visible; leave --launcher out to run on the CPU"
+            )
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = str(Path("work_dirs", Path(args.config).stem))
+    return cfg
+
+
+def _read_config(filename: str) -> Config:
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        nearby = _closest_configs(path)
+        hint = f"; did you mean {' or '.join(nearby)}?" if nearby else ""
+        raise FileNotFoundError(f"config: {path.absolute()} {what}{hint}")
+    if path.suffix not in _CONFIG_SUFFIXES:
+        raise ValueError(
+            f"config: expected a file ending in {', '.join(_CONFIG_SUFFIXES)}, got {path}"
+        )
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # a config is a program, which can fail in any way
+        # Where custom_imports fail, MMEngine lists sys.path; what was raised first is enough.
+        cause: BaseException = error
+        while isinstance(cause, ImportError) and (cause.__cause__ or cause.__context__):
+            cause = cause.__cause__ or cause.__context__
+        raise ValueError(
+            f"config: {path} cannot be read: {type(cause).__name__}: {message_of(cause)}"
+        ) from error
+
+
+def _closest_configs(path: Path) -> list[str]:
+    """Paths of existing configs with a name like that of `path`, at most three."""
+    folder = path if path.is_dir() else path.parent
+    places = [folder, _PACKAGE.parent / "configs"]
+    found = {
+        config.name: config
+        for place in reversed(places)
+        if place.is_dir()
+        for config in (place.rglob("*.py") if place.name == "configs" else place.glob("*.py"))
+        if "_base_" not in config.parts
+    }
+    names = difflib.get_close_matches(path.name, found, n=3, cutoff=0.6)
+    return [os.path.relpath(found[name]) for name in names]
+
+
+def _merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Merge `--cfg-options`; MMEngine would accept those that change nothing.
+
+    These are keys that nothing reads, and variables such as `data_root`: when the config was read,
+    their values were copied to the places where they are used.
+    """
+    known = {*cfg.keys(), *_UPSTREAM_KEYS, *_OWN_KEYS}
+    for key in options:
+        top = key.split(".", 1)[0]
+        if top not in known:
+            raise ValueError(
+                f"--cfg-options {key}: the config has no {top!r} and nothing reads it"
+                f"{closest(top, known)}"
+            )
+        if top not in {*_UPSTREAM_KEYS, *_OWN_KEYS} and (copies := _copies(cfg, top)):
+            raise ValueError(
+                f"--cfg-options {key}: {top!r} is a variable of the config, whose value has been "
+                f"copied already; override the copies: {', '.join(copies)}"
+            )
+    try:
+        cfg.merge_from_dict(dict(options))
+    except (KeyError, TypeError) as error:
+        pairs = " ".join(f"{key}={value}" for key, value in options.items())
+        raise ValueError(f"--cfg-options {pairs}: {message_of(error)}") from error
+
+
+def _copies(cfg: Config, variable: str) -> list[str]:
+    """Keys, in `--cfg-options` notation, whose value is that of a top-level variable."""
+    value, found = cfg[variable], []
+
+    def visit(node: Any, key: str) -> None:
+        name = key.rsplit(".", 1)[-1]
+        # A small number or an empty list may be equal by chance.
+        telling = name == variable or (isinstance(value, str | list | tuple | dict) and value)
+        if node == value and type(node) is type(value) and telling:
+            found.append(key)
+        elif isinstance(node, dict):
+            for child, item in node.items():
+                visit(item, f"{key}.{child}")
+        elif isinstance(node, list):
+            for index, item in enumerate(node):
+                visit(item, f"{key}.{index}")
+
+    for top in cfg:
+        if top in _UPSTREAM_KEYS:
+            visit(cfg[top], top)
+    return found
+
+
+def _check_own_keys(cfg: Config) -> None:
+    for key in cfg.keys() - _UPSTREAM_KEYS - {*_OWN_KEYS}:
+        if near := difflib.get_close_matches(key, _OWN_KEYS, n=1, cutoff=0.8):
+            raise ValueError(f"config: nothing reads the key {key!r}; did you mean {near[0]!r}?")
+    channels_last = cfg.get(CHANNELS_LAST, False)
+    if not isinstance(channels_last, bool):
+        raise ValueError(f"config: {CHANNELS_LAST}: expected True or False, got {channels_last!r}")
+
+
+def configure_amp(cfg: Config, amp: bool | None) -> None:
+    """Switch automatic mixed precision on or off, and check that the machine can do it.
+
+    `--amp` means bfloat16, which needs no loss scaling, where the GPU computes in it, and float16
+    with dynamic loss scaling elsewhere; `dtype` and `loss_scale` in the config win.
+
+    Args:
+        cfg: The config; its `optim_wrapper` is changed.
+        amp: On, off, or (`None`) as the config says.
+
+    Raises:
+        ValueError: If mixed precision is asked for without a GPU or with another kind of
+            optimizer wrapper, or the config has no optimizer wrapper at all.
+    """
+    if not cfg.get("optim_wrapper"):
+        raise ValueError("config: optim_wrapper is missing, so there is nothing to train with")
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.setdefault("type", "OptimWrapper")
+    if amp is False and kind == "AmpOptimWrapper":
+        wrapper.type = "OptimWrapper"
+        for key in ("dtype", "loss_scale", "use_fsdp"):
+            wrapper.pop(key, None)
+    elif amp and kind not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise ValueError(
+            f"--amp: works with optim_wrapper.type='OptimWrapper', the config has {kind!r}"
+        )
+    elif amp or kind == "AmpOptimWrapper":
+        if get_device() == "cpu":
+            asked = "--amp" if amp else "optim_wrapper.type='AmpOptimWrapper' in the config"
+            raise ValueError(
+                f"{asked}: mixed precision needs a GPU, and none is visible; "
+                f"{'leave --amp out' if amp else 'pass --no-amp'} to train in float32 on the CPU"
+            )
+        if kind == "OptimWrapper":
+            wrapper.type = "AmpOptimWrapper"
+            bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+            dtype = wrapper.setdefault("dtype", "bfloat16" if bfloat16 else "float16")
+            scaled = dtype == "float16"
+            wrapper.setdefault("loss_scale", "dynamic" if scaled else dict(enabled=False))
+
+
+def configure_resume(cfg: Config, resume: str | None) -> None:
+    """Settle what a training resumes from.
+
+    Args:
+        cfg: The config; its `resume` and `load_from` are changed.
+        resume: A checkpoint, `auto` for the latest in the work folder (the config's `load_from`
+            stays where there is none), or `None` to leave the config as it is.
+
+    Raises:
+        FileNotFoundError: If the work folder names a latest checkpoint that is gone.
+    """
+    if resume is None:
+        return
+    latest = resume if resume != "auto" else _latest_checkpoint(Path(cfg.work_dir))
+    cfg.resume = latest is not None
+    if latest is not None:
+        cfg.load_from = latest
+    else:
+        print(f"Nothing to resume in {cfg.work_dir}: training starts from the beginning.")
+
+
+def _latest_checkpoint(work_dir: Path) -> str | None:
+    record = work_dir / "last_checkpoint"
+    if not record.is_file():
+        return None
+    named = Path(record.read_text(encoding="utf-8").strip())
+    # The record has an absolute path, which is out of date once the folder was moved.
+    for candidate in (named, work_dir / named.name):
+        if candidate.is_file():
+            return str(candidate)
+    others = ", ".join(sorted(path.name for path in work_dir.glob("*.pth"))) or "none"
+    raise FileNotFoundError(
+        f"--resume: {record} names {named}, which does not exist; pass one to resume from with "
+        f"--resume CHECKPOINT (in the folder: {others}), or train without --resume"
+    )
+
+
+class _Runner(Runner):
+    """MMEngine's runner, with `channels_last`."""
+
+    def build_model(self, model: torch.nn.Module | dict) -> torch.nn.Module:
+        # Before DDP wraps it, which fixes the layout of the gradients.
+        model = super().build_model(model)
+        if self.cfg.get(CHANNELS_LAST):
+            model = model.to(memory_format=torch.channels_last)
+        return model
+
+
+def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
+    """Build the runner of a config, with a check of every checkpoint it loads.
+
+    Args:
+        cfg: A config from :func:`load_config`. Beyond MMEngine's keys, `channels_last=True` stores
+            4-d weights in the channels-last memory format, which is faster on GPUs.
+        for_prediction: Whether the runner only tests, so that a checkpoint need not hold what only
+            training uses.
+
+    Raises:
+        ValueError: If a `runner_type` of the config's own is combined with `channels_last`.
+    """
+    if "runner_type" in cfg:
+        if cfg.get(CHANNELS_LAST):
+            raise ValueError(
+                f"config: {CHANNELS_LAST}=True works with MMEngine's runner only; leave out "
+                f"runner_type={cfg.runner_type!r} or {CHANNELS_LAST}"
+            )
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = _Runner.from_cfg(cfg)
+    runner.register_hook(CheckpointCheckHook(for_prediction))
+    return runner
+
+
+def train(runner: Runner) -> None:
+    """Train; an interruption ends the process with the command that resumes."""
+    try:
+        runner.train()
+    except RunComplete as complete:
+        print(complete)
+    except (KeyboardInterrupt, Exception) as error:
+        if not is_interruption(error):
+            raise
+        # An AMP scaler or a loader may be in any state now, so nothing is saved here.
+        latest = _latest_checkpoint(Path(runner.work_dir))
+        if latest is None:
+            message = "no checkpoint was written yet, so start again"
+        else:
+            message = f"resume from {Path(latest).name} with: {_resume_command()}"
+        iteration = runner.train_loop.iter if not isinstance(runner._train_loop, dict) else 0
+        sys.stderr.write(f"\nInterrupted at iteration {iteration}; {message}\n")
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _resume_command() -> str:
+    """This process's command line with a bare `--resume`."""
+    arguments = list(sys.argv)
+    for index, argument in enumerate(arguments):
+        if argument == "--resume" and index + 1 < len(arguments):
+            if arguments[index + 1].endswith((".pth", ".pt")):
+                del arguments[index + 1]
+        elif argument.startswith("--resume="):
+            arguments[index] = "--resume"
+    if "--resume" not in arguments:
+        arguments.append("--resume")
+    return shlex.join(["python", *arguments])

@@ -1,0 +1,10 @@
+_base_ = [
+    "../_base_/models/upernet_cgspn.py",
+    "../_base_/datasets/ade20k_640x640.py",
+    "../_base_/schedules/schedule_80k.py",
+    "../_base_/default_runtime.py",
+]
+model = dict(
+    data_preprocessor=dict(size=(640, 640)),
+    backbone=dict(arch="small", img_size=640),
+)

@@ -1,0 +1,203 @@
+"""Every shipped config parses, builds, and is what its name says."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.runner import Runner
+from mmseg.apis import MMSegInferencer
+from mmseg.registry import MODELS
+
+from cgspn_seg import compat
+from cgspn_seg.datasets import check_data_paths
+from cgspn_seg.models import CGSPN
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+COMPLETE = sorted(p for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
+NAME = re.compile(
+    r"(?P<mixer>cgspn|vit)-(?P<arch>[a-z0-9]+)_upernet_(?P<gpus>\d+)xb(?P<batch>\d+)"
+    r"-(?P<thousands>[\d.]+)k_(?P<data>ade20k|camvid)-(?P<height>\d+)x(?P<width>\d+)"
+)
+DATASETS = dict(ade20k="ADE20KDataset", camvid="CamVidDataset")
+
+pytestmark = pytest.mark.usefixtures("mmseg_scope")
+
+each_config = pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
+each_named_config = pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("cgspn/*.py")), ids=lambda path: path.stem
+)
+
+
+def crop_of(cfg: Config) -> tuple[int, int]:
+    (crop,) = (t.crop_size for t in cfg.train_dataloader.dataset.pipeline if t.type == "RandomCrop")
+    return tuple(crop)
+
+
+@each_config
+def test_the_model_builds_and_its_parts_fit(path):
+    cfg = Config.fromfile(path)
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model).eval()
+        size = cfg.model.data_preprocessor.size
+        logits = model(torch.empty(2, 3, *size), mode="tensor")
+    assert isinstance(model.backbone, CGSPN)
+    assert logits.shape[:2] == (2, model.decode_head.num_classes)
+    assert model.auxiliary_head.num_classes == model.decode_head.num_classes
+
+
+@each_config
+def test_the_schedule_ends_with_the_training_and_scores_the_last_weights(path):
+    cfg = Config.fromfile(path)
+    iterations = cfg.train_cfg.max_iters
+    phases = cfg.param_scheduler
+    assert phases[0].begin == 0
+    assert [phase.end for phase in phases[:-1]] == [phase.begin for phase in phases[1:]]
+    assert phases[-1].end == iterations
+    assert iterations % cfg.train_cfg.val_interval == 0
+    assert cfg.default_hooks.checkpoint.save_best == "mIoU"
+
+
+@each_named_config
+def test_training_crops_fill_the_padded_batch_and_inference_takes_whole_images(path):
+    cfg = Config.fromfile(path)
+    crop = crop_of(cfg)
+    padded = cfg.model.data_preprocessor.size
+    assert all(0 <= p - c < 32 for p, c in zip(padded, crop, strict=True))
+    assert cfg.model.test_cfg.mode == "whole"
+
+
+@each_named_config
+def test_no_pipeline_uses_what_upstream_has_deprecated(path):
+    cfg = Config.fromfile(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.silence_upstream_warnings()
+        for pipeline in (
+            cfg.train_dataloader.dataset.pipeline,
+            cfg.val_dataloader.dataset.pipeline,
+            cfg.tta_pipeline,
+        ):
+            Compose(pipeline)
+
+
+@each_named_config
+def test_the_name_says_what_is_inside(path):
+    name = NAME.fullmatch(path.stem)
+    assert name, f"{path.name} does not follow the scheme {NAME.pattern}"
+    cfg = Config.fromfile(path)
+    assert cfg.model.backbone.arch == name["arch"]
+    assert (
+        cfg.model.backbone.get("mixer", "cgspn")
+        == dict(cgspn="cgspn", vit="attention")[name["mixer"]]
+    )
+    assert cfg.model.decode_head.type == "UPerHead"
+    assert cfg.train_dataloader.batch_size == int(name["batch"])
+    assert cfg.train_cfg.max_iters == float(name["thousands"]) * 1000
+    assert cfg.train_dataloader.dataset.type == DATASETS[name["data"]]
+    assert crop_of(cfg) == (int(name["height"]), int(name["width"]))
+
+
+@pytest.mark.parametrize("crop", ["512x512", "640x640"])
+@pytest.mark.parametrize("arch", ["tiny", "small", "base", "large", "so400m"])
+def test_each_size_has_its_ade20k_configs(arch, crop):
+    assert (CONFIGS / f"cgspn/cgspn-{arch}_upernet_8xb2-80k_ade20k-{crop}.py").is_file()
+
+
+@each_named_config
+def test_features_come_from_four_depths_that_end_with_the_last_layer(path):
+    with torch.device("meta"):
+        encoder = MODELS.build(Config.fromfile(path).model.backbone)
+    assert len(encoder.out_indices) == 4
+    assert list(encoder.out_indices) == sorted(encoder.out_indices)
+    assert encoder.out_indices[-1] == len(encoder.blocks) - 1
+
+
+def test_the_camvid_recipe_is_that_of_the_baselines():
+    cfg = Config.fromfile(CONFIGS / "cgspn/cgspn-small_upernet_1xb16-2.5k_camvid-360x480.py")
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 5e-4, 0.05)
+    assert cfg.optim_wrapper.clip_grad.max_norm == 5
+    assert cfg.optim_wrapper.paramwise_cfg == dict(layer_decay_rate=1.0)
+    warmup, decay = cfg.param_scheduler
+    assert warmup.end == 0.05 * cfg.train_cfg.max_iters
+    assert decay.eta_min == 0
+    assert cfg.train_cfg.val_interval == 500
+    assert cfg.randomness.seed == 0
+    augmentation = [t.type for t in cfg.train_dataloader.dataset.pipeline]
+    assert augmentation == [
+        "LoadImageFromFile",
+        "LoadAnnotations",
+        "RandomResize",
+        "RandomCrop",
+        "RandomFlip",
+        "PhotoMetricDistortion",
+        "PackSegInputs",
+    ]
+    resize = cfg.train_dataloader.dataset.pipeline[2]
+    assert (resize.scale, resize.ratio_range) == ((480, 360), (0.5, 2.0))
+    assert cfg.model.data_preprocessor.size == (384, 480)
+    assert cfg.model.backbone.drop_path_rate == 0.1
+    assert cfg.model.decode_head.channels == 256
+    assert cfg.model.test_cfg.mode == "whole"
+
+
+def test_the_isomorphic_vit_differs_in_its_mixer_alone():
+    cgspn, vit = (
+        Config.fromfile(CONFIGS / f"cgspn/{name}-small_upernet_1xb16-2.5k_camvid-360x480.py")
+        for name in ("cgspn", "vit")
+    )
+    assert vit.model.backbone.pop("mixer") == "attention"
+    assert vit.to_dict() == cgspn.to_dict()
+
+
+def test_mmsegs_inference_api_takes_a_config(shrunken, tmp_path):
+    cfg = shrunken(CONFIGS / "cgspn/cgspn-small_upernet_1xb16-2.5k_camvid-360x480.py")
+    cfg.dump(tmp_path / "config.py")
+    inferencer = MMSegInferencer(str(tmp_path / "config.py"), device="cpu")
+    image = torch.zeros(360, 480, 3, dtype=torch.uint8).numpy()
+    predicted = inferencer(image, return_datasamples=True, show=False)
+    assert predicted.pred_sem_seg.shape == (360, 480)
+
+
+def test_the_five_lines_of_the_guide_train_a_new_data_set(
+    repository, shrunken, tiny_ade_root, tmp_path, monkeypatch
+):
+    guide = (repository / "docs/new_dataset.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert len(lines.splitlines()) == 5
+    (tmp_path / "pets.py").write_text(lines.replace('"./cgspn', f'"{CONFIGS}/cgspn'))
+    tiny_ade_root(num_val=1, ids=(0, 1, 2, 255), name="data/pets")
+    monkeypatch.chdir(tmp_path)
+
+    cfg = shrunken(tmp_path / "pets.py")
+    check_data_paths(cfg)
+    cfg.train_cfg.update(max_iters=1, val_interval=1)
+    cfg.work_dir = str(tmp_path / "work")
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert 0 <= runner.message_hub.get_scalar("val/mIoU").current() <= 100
+    assert len(runner.train_dataloader.dataset) == 4
+    assert len(runner.visualizer.dataset_meta["palette"]) == 3
+
+
+@pytest.mark.parametrize("tta", [False, True], ids=["plain", "tta"])
+def test_padded_images_are_scored_at_their_own_size(shrunken, tiny_ade_root, tmp_path, tta):
+    cfg = shrunken(CONFIGS / "cgspn/cgspn-small_upernet_1xb16-2.5k_camvid-360x480.py")
+    cfg.test_dataloader.dataset.data_root = str(
+        tiny_ade_root(num_val=1, size=(90, 120), ids=tuple(range(12)))
+    )
+    if tta:
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    cfg.work_dir = str(tmp_path)
+    runner = Runner.from_cfg(cfg)
+    assert 0 <= runner.test()["mIoU"] <= 100
+    with torch.no_grad():
+        (batch,) = runner.test_dataloader
+        (result,) = runner.model.test_step(batch)
+    assert result.pred_sem_seg.data.squeeze().shape == (90, 120)
+    assert result.gt_sem_seg.data.squeeze().shape == (90, 120)
