@@ -85,29 +85,60 @@ struct Pixels {
   }
 };
 
-// The Stability-Context Condition. With σ_k the sigmoid of a pixel's logit for neighbour k, or 0
-// where that neighbour lies outside the image, w_k = σ_k * inverse_sum(σ_-1, σ_0, σ_+1). The sum is
-// kept away from zero as in the original implementation; below the bound the weights sum to less
-// than one.
+// One value for each of the neighbours at -1, 0 and +1.
+template <typename T>
+struct Taps {
+  T prev, mid, next;
+};
+
+// The Stability-Context Condition: w_k = σ_k / Σσ over the neighbours inside the image. The sum is
+// kept away from zero as in the original implementation; below the bound the w sum to less than
+// one.
 constexpr double kMinSum = 1e-7;
 
+// Logits are clamped to ±kMaxLogit: far beyond the bound on the sum, yet no product of three
+// exponentials overflows.
 template <typename T>
-CGSPN_INLINE T inverse_sum(T sigma_prev, T sigma_mid, T sigma_next) {
-  const T sum = sigma_prev + sigma_mid + sigma_next;
-  return T(1) / (sum > T(kMinSum) ? sum : T(kMinSum));
-}
-
-// Derivative: dL/dlogit_k = (dL/dw_k - mean) * inverse * σ_k * (1 - σ_k), where the mean of the
-// dL/dw, weighted by w, comes from the sum, which has no derivative where it is bounded.
-template <typename T>
-CGSPN_INLINE T weighted_mean(T d_prev, T w_prev, T d_mid, T w_mid, T d_next, T w_next, T inverse) {
-  const T mean = d_prev * w_prev + d_mid * w_mid + d_next * w_next;
-  return inverse < T(1) / T(kMinSum) ? mean : T(0);
-}
+constexpr T kMaxLogit = sizeof(T) > 4 ? T(200) : T(28);
 
 template <typename T>
-CGSPN_INLINE T logit_gradient(T d_weight, T mean, T inverse, T sigma) {
-  return (d_weight - mean) * inverse * sigma * (T(1) - sigma);
+struct Coefficients {
+  Taps<T> w;
+  T sum_is_free;  // 1, or 0 where the bound on the sum holds
+};
+
+// The w, with e_k = exp(-logit_k) and so σ_k = 1 / (1 + e_k). Numerators and denominator are
+// multiplied by all three (1 + e_k), which leaves one division. `has_prev` and `has_next` are 1, or
+// 0 where that neighbour lies outside the image.
+template <typename T>
+CGSPN_INLINE Coefficients<T> normalize(Taps<T> e, T has_prev, T has_next) {
+  const T d_prev = T(1) + e.prev, d_mid = T(1) + e.mid, d_next = T(1) + e.next;
+  const T prev = has_prev * (d_mid * d_next);
+  const T mid = d_prev * d_next;
+  const T next = has_next * (d_prev * d_mid);
+  const T sum = prev + mid + next;
+  const T bound = T(kMinSum) * (mid * d_mid);
+  const T inverse = T(1) / (sum > bound ? sum : bound);
+  return {{prev * inverse, mid * inverse, next * inverse}, sum > bound ? T(1) : T(0)};
+}
+
+// 1 - σ_k = e_k / (1 + e_k), again with one division.
+template <typename T>
+CGSPN_INLINE Taps<T> complements(Taps<T> e) {
+  const T d_prev = T(1) + e.prev, d_mid = T(1) + e.mid, d_next = T(1) + e.next;
+  const T inverse = T(1) / (d_prev * d_mid * d_next);
+  return {e.prev * (d_mid * d_next) * inverse, e.mid * (d_prev * d_next) * inverse,
+          e.next * (d_prev * d_mid) * inverse};
+}
+
+// dL/dlogit_k = (dL/dw_k - mean) w_k (1 - σ_k). The mean of the dL/dw, weighted by w, comes from
+// the sum, which has no derivative where its bound holds.
+template <typename T>
+CGSPN_INLINE Taps<T> normalize_backward(Taps<T> d_w, Coefficients<T> c, Taps<T> complement) {
+  const Taps<T> w = c.w;
+  const T mean = c.sum_is_free * (d_w.prev * w.prev + d_w.mid * w.mid + d_w.next * w.next);
+  return {(d_w.prev - mean) * w.prev * complement.prev, (d_w.mid - mean) * w.mid * complement.mid,
+          (d_w.next - mean) * w.next * complement.next};
 }
 
 }  // namespace cgspn_seg

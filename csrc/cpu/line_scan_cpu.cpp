@@ -20,11 +20,13 @@
 namespace cgspn_seg {
 namespace {
 
+constexpr int64_t kPrefetchDistance = 2;  // pixels
+
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// exp(x) for |x| <= 87, within 2 ulp: Taylor's series on [-ln(2)/2, ln(2)/2] and a shift of the
-// exponent. Unlike std::exp it vectorizes in a loop without -ffast-math.
+// exp(x) for |x| <= kMaxLogit, within 2 ulp: Taylor's series on [-ln(2)/2, ln(2)/2] and a shift of
+// the exponent. Unlike std::exp it vectorizes in a loop without -ffast-math.
 inline float exp_in_range(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const float shifted = x * 1.44269504089f + kRound;
@@ -46,14 +48,15 @@ inline float exp_in_range(float x) {
   return poly * scale;
 }
 
-inline float sigmoid(float x) {
-  const float bounded = x < -87.0f ? -87.0f : (x > 87.0f ? 87.0f : x);
-  // A NaN fails both comparisons and must come out again, whatever the bit manipulation made of it.
-  const float result = 1.0f / (1.0f + exp_in_range(-bounded));
-  return x == x ? result : x;
-}
+inline double exp_in_range(double x) { return std::exp(x); }
 
-inline double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+// exp(-logit), bounded. A NaN passes both comparisons and comes out again.
+template <typename A, typename T>
+inline A exp_of_negative(T logit) {
+  const A x = -static_cast<A>(logit);
+  const A above = x < -kMaxLogit<A> ? -kMaxLogit<A> : x;
+  return exp_in_range(above > kMaxLogit<A> ? kMaxLogit<A> : above);
+}
 
 // The channels one task works on; they hold whole groups.
 struct Slice {
@@ -92,52 +95,73 @@ class Line {
   std::vector<A> values_;
 };
 
-// Normalizes the logits of one pixel. `w` receives three rows of one value per group; `sigma`, if
-// given, four: the sigmoids and the inverse sum, which the derivative needs.
+// Normalizes the logits of one pixel. `w` receives three rows of one value per group; `derivative`,
+// if given, four: the complements of the sigmoids, and whether the sum is free.
 template <typename T, typename A>
-void normalize(const T* logits, int64_t tap_stride, bool has_prev, bool has_next, int64_t n, A* w,
-               A* sigma) {
-  const A prev_inside = has_prev, next_inside = has_next;
-#pragma omp simd
-  for (int64_t g = 0; g < n; ++g) {
-    const A prev = prev_inside * sigmoid(static_cast<A>(logits[g]));
-    const A mid = sigmoid(static_cast<A>(logits[tap_stride + g]));
-    const A next = next_inside * sigmoid(static_cast<A>(logits[2 * tap_stride + g]));
-    const A inverse = inverse_sum(prev, mid, next);
-    w[g] = prev * inverse;
-    w[n + g] = mid * inverse;
-    w[2 * n + g] = next * inverse;
-    if (sigma != nullptr) {
-      sigma[g] = prev;
-      sigma[n + g] = mid;
-      sigma[2 * n + g] = next;
-      sigma[3 * n + g] = inverse;
+void normalize_pixel(const T* logits, int64_t tap_stride, bool has_prev, bool has_next, int64_t n,
+                     A* w, A* derivative) {
+  // In a function of their own the structs stay in vector registers.
+  const auto normalize_group = [=](int64_t g) {
+    const Taps<A> e{exp_of_negative<A>(logits[g]), exp_of_negative<A>(logits[tap_stride + g]),
+                    exp_of_negative<A>(logits[2 * tap_stride + g])};
+    const Coefficients<A> c = normalize(e, A(has_prev), A(has_next));
+    w[g] = c.w.prev;
+    w[n + g] = c.w.mid;
+    w[2 * n + g] = c.w.next;
+    if (derivative != nullptr) {
+      const Taps<A> complement = complements(e);
+      derivative[g] = complement.prev;
+      derivative[n + g] = complement.mid;
+      derivative[2 * n + g] = complement.next;
+      derivative[3 * n + g] = c.sum_is_free;
     }
-  }
+  };
+#pragma omp simd
+  for (int64_t g = 0; g < n; ++g) normalize_group(g);
 }
 
-// Turns the gradient of w into the gradient of the logits. Both, w and σ are rows of one value per
-// group.
+// Turns the gradient of w into that of the logits; rows as in normalize_pixel.
 template <typename T, typename A>
-void normalize_backward(const A* w, const A* sigma, const A* d_w, int64_t n, T* d_logits,
-                        int64_t tap_stride) {
+void normalize_pixel_backward(const A* w, const A* derivative, const A* d_w, int64_t n, T* d_logits,
+                              int64_t tap_stride) {
+  const auto normalize_group_backward = [=](int64_t g) {
+    const Coefficients<A> c{{w[g], w[n + g], w[2 * n + g]}, derivative[3 * n + g]};
+    const Taps<A> gradient =
+        normalize_backward<A>({d_w[g], d_w[n + g], d_w[2 * n + g]}, c,
+                              {derivative[g], derivative[n + g], derivative[2 * n + g]});
+    d_logits[g] = static_cast<T>(gradient.prev);
+    d_logits[tap_stride + g] = static_cast<T>(gradient.mid);
+    d_logits[2 * tap_stride + g] = static_cast<T>(gradient.next);
+  };
 #pragma omp simd
-  for (int64_t g = 0; g < n; ++g) {
-    const A inverse = sigma[3 * n + g];
-    const A mean =
-        weighted_mean(d_w[g], w[g], d_w[n + g], w[n + g], d_w[2 * n + g], w[2 * n + g], inverse);
-    d_logits[g] = static_cast<T>(logit_gradient(d_w[g], mean, inverse, sigma[g]));
-    d_logits[tap_stride + g] =
-        static_cast<T>(logit_gradient(d_w[n + g], mean, inverse, sigma[n + g]));
-    d_logits[2 * tap_stride + g] =
-        static_cast<T>(logit_gradient(d_w[2 * n + g], mean, inverse, sigma[2 * n + g]));
-  }
+  for (int64_t g = 0; g < n; ++g) normalize_group_backward(g);
+}
+
+// Asks for the cache lines of `count` values. Successive pixels of a direction lie too far apart,
+// on other pages as a rule, for the processor to see the pattern by itself.
+//
+// Always inlined: GCC takes a function that only prefetches for one without effect, and drops
+// calls.
+template <typename T>
+[[gnu::always_inline]] inline void prefetch(T* values, int64_t count) {
+  constexpr int64_t kValuesPerLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kValuesPerLine)
+    __builtin_prefetch(values + i, std::is_const_v<T> ? 0 : 1);
 }
 
 template <typename T>
 struct ForwardTensors {
   Pixels<const T> x, weight, gate;
   Pixels<T> h;
+
+  [[gnu::always_inline]] inline void prefetch_pixel(int64_t b, int64_t row, int64_t col, int64_t d,
+                                                    const Slice& s) const {
+    prefetch(gate.at(b, row, col, d) + s.first_channel(), s.num_channels());
+    prefetch(h.at(b, row, col, d) + s.first_channel(), s.num_channels());
+    for (int tap = 0; tap < 3; ++tap) {
+      prefetch(weight.at(b, row, col, d) + s.first_group + tap * weight.tap_stride, s.num_groups);
+    }
+  }
 };
 
 template <typename T>
@@ -145,6 +169,17 @@ struct BackwardTensors {
   Pixels<const T> x, weight, grad_h, h;
   Pixels<T> grad_weight;
   Pixels<Accumulator<T>> adjoint;  // dL/dh including everything later in the scan
+
+  [[gnu::always_inline]] inline void prefetch_pixel(int64_t b, int64_t row, int64_t col, int64_t d,
+                                                    const Slice& s) const {
+    prefetch(grad_h.at(b, row, col, d) + s.first_channel(), s.num_channels());
+    prefetch(adjoint.at(b, row, col, d) + s.first_channel(), s.num_channels());
+    for (int tap = 0; tap < 3; ++tap) {
+      prefetch(weight.at(b, row, col, d) + s.first_group + tap * weight.tap_stride, s.num_groups);
+      prefetch(grad_weight.at(b, row, col, d) + s.first_group + tap * grad_weight.tap_stride,
+               s.num_groups);
+    }
+  }
 };
 
 template <typename T>
@@ -166,6 +201,9 @@ void scan_forward(const Problem& p, const ForwardTensors<T>& t, int64_t b, int64
       const T* const gate = t.gate.at(b, row, col, d) + c0;
       T* const h = t.h.at(b, row, col, d) + c0;
       A* const out = state.at(j);
+      if (const int64_t ahead = j + kPrefetchDistance; ahead < walk.num_positions) {
+        t.prefetch_pixel(b, walk.row(line, ahead), walk.col(line, ahead), d, s);
+      }
       if (starts) {
         s.for_each_channel([=](int64_t, int64_t c) {
           out[c] = static_cast<A>(gate[c]) * static_cast<A>(x[c]);
@@ -173,8 +211,8 @@ void scan_forward(const Problem& p, const ForwardTensors<T>& t, int64_t b, int64
         });
         continue;
       }
-      normalize<T, A>(t.weight.at(b, row, col, d) + s.first_group, t.weight.tap_stride, j > 0,
-                      j + 1 < walk.num_positions, n, coefficients.data(), nullptr);
+      normalize_pixel<T, A>(t.weight.at(b, row, col, d) + s.first_group, t.weight.tap_stride, j > 0,
+                            j + 1 < walk.num_positions, n, coefficients.data(), nullptr);
       const A* const h_prev = previous.at(j - 1);
       const A* const h_mid = previous.at(j);
       const A* const h_next = previous.at(j + 1);
@@ -227,7 +265,10 @@ void scan_backward(const Problem& p, const BackwardTensors<T>& t, int64_t b, int
   Line<A> adjoints(walk.num_positions, s.num_channels()),
       later_adjoints(walk.num_positions, s.num_channels());
   Line<A> coefficients(walk.num_positions, 3 * n), later_coefficients(walk.num_positions, 3 * n);
-  std::vector<A> sigma(4 * n), d_w(3 * n);
+  std::vector<A> derivative(4 * n), d_w(3 * n);
+  const auto h_before = [&](int64_t line, int64_t position) {
+    return t.h.at(b, walk.row(line - 1, position), walk.col(line - 1, position), d) + c0;
+  };
   for (int64_t line = walk.num_lines - 1; line >= 0; --line) {
     std::swap(adjoints, later_adjoints);
     std::swap(coefficients, later_coefficients);
@@ -238,6 +279,10 @@ void scan_backward(const Problem& p, const BackwardTensors<T>& t, int64_t b, int
       const T* const grad_h = t.grad_h.at(b, row, col, d) + c0;
       A* const adjoint = adjoints.at(j);
       A* const stored = t.adjoint.at(b, row, col, d) + c0;
+      if (const int64_t ahead = j + kPrefetchDistance; ahead < walk.num_positions) {
+        t.prefetch_pixel(b, walk.row(line, ahead), walk.col(line, ahead), d, s);
+        if (!starts) prefetch(h_before(line, ahead), s.num_channels());
+      }
       if (is_read) {
         // The pixel is the neighbour at +1 of position j - 1, and at -1 of position j + 1.
         const A* const g_prev = later_adjoints.at(j - 1);
@@ -262,19 +307,16 @@ void scan_backward(const Problem& p, const BackwardTensors<T>& t, int64_t b, int
         continue;
       }
       const bool has_prev = j > 0, has_next = j + 1 < walk.num_positions;
-      const auto h_before = [&](int64_t position) {
-        return t.h.at(b, walk.row(line - 1, position), walk.col(line - 1, position), d) + c0;
-      };
-      const T* const h_mid = h_before(j);
-      // Outside the image σ is 0, and with it the gradient of the logit: any finite state will do.
-      const T* const h_prev = has_prev ? h_before(j - 1) : h_mid;
-      const T* const h_next = has_next ? h_before(j + 1) : h_mid;
+      const T* const h_mid = h_before(line, j);
+      // Outside the image w is 0, and with it the gradient of the logit: any finite state will do.
+      const T* const h_prev = has_prev ? h_before(line, j - 1) : h_mid;
+      const T* const h_next = has_next ? h_before(line, j + 1) : h_mid;
       A* const w = coefficients.at(j);
-      normalize<T, A>(t.weight.at(b, row, col, d) + s.first_group, t.weight.tap_stride, has_prev,
-                      has_next, n, w, sigma.data());
+      normalize_pixel<T, A>(t.weight.at(b, row, col, d) + s.first_group, t.weight.tap_stride,
+                            has_prev, has_next, n, w, derivative.data());
       coefficient_gradient<T, A>(s, adjoint, h_prev, h_mid, h_next, d_w.data());
-      normalize_backward<T, A>(w, sigma.data(), d_w.data(), n, grad_weight,
-                               t.grad_weight.tap_stride);
+      normalize_pixel_backward<T, A>(w, derivative.data(), d_w.data(), n, grad_weight,
+                                     t.grad_weight.tap_stride);
     }
   }
 }

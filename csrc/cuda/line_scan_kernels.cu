@@ -21,26 +21,24 @@ constexpr int kMaxThreads = 512;
 constexpr int64_t kMaxSliceChannels = 32;
 constexpr int64_t kPointwiseThreads = 256;
 
-template <typename A>
-__device__ A sigmoid(A x) {
-  return A(1) / (A(1) + exp(-x));
+template <typename A, typename T>
+__device__ A exp_of_negative(T logit) {
+  const A x = -static_cast<A>(logit);
+  const A above = x < -kMaxLogit<A> ? -kMaxLogit<A> : x;  // a NaN stays one
+  return exp(above > kMaxLogit<A> ? kMaxLogit<A> : above);
 }
 
-template <typename A>
-struct Coefficients {
-  A sigma[3], w[3], inverse;
-};
+// exp(-logit) of a pixel's three logits.
+template <typename A, typename T>
+__device__ Taps<A> load_exponentials(const T* logits, int64_t tap_stride) {
+  return {exp_of_negative<A>(logits[0]), exp_of_negative<A>(logits[tap_stride]),
+          exp_of_negative<A>(logits[2 * tap_stride])};
+}
 
 template <typename A, typename T>
-__device__ Coefficients<A> load_coefficients(const T* logits, int64_t tap_stride, bool has_prev,
-                                             bool has_next) {
-  Coefficients<A> c;
-  c.sigma[0] = has_prev ? sigmoid(static_cast<A>(logits[0])) : A(0);
-  c.sigma[1] = sigmoid(static_cast<A>(logits[tap_stride]));
-  c.sigma[2] = has_next ? sigmoid(static_cast<A>(logits[2 * tap_stride])) : A(0);
-  c.inverse = inverse_sum(c.sigma[0], c.sigma[1], c.sigma[2]);
-  for (int tap = 0; tap < 3; ++tap) c.w[tap] = c.sigma[tap] * c.inverse;
-  return c;
+__device__ Taps<A> load_coefficients(const T* logits, int64_t tap_stride, bool has_prev,
+                                     bool has_next) {
+  return normalize(load_exponentials<A>(logits, tap_stride), A(has_prev), A(has_next)).w;
 }
 
 // The scan that a block does: image, direction and channels.
@@ -85,9 +83,10 @@ __global__ void __launch_bounds__(kMaxThreads)
             static_cast<A>(t.x.at(s.b, row, col)[channel]);
       if (!starts) {
         const T* logits = t.weight.at(s.b, row, col, s.d) + channel / p.group_size();
-        const auto c =
+        const Taps<A> w =
             load_coefficients<A>(logits, t.weight.tap_stride, j > 0, j + 1 < walk.num_positions);
-        for (int tap = 0; tap < 3; ++tap) h += c.w[tap] * previous[i + tap * s.num_channels];
+        h += w.prev * previous[i] + w.mid * previous[i + s.num_channels] +
+             w.next * previous[i + 2 * s.num_channels];
       }
       state[i + s.num_channels] = h;
       t.h.at(s.b, row, col, s.d)[channel] = static_cast<T>(h);
@@ -120,13 +119,14 @@ __global__ void __launch_bounds__(kMaxThreads)
       A adjoint = static_cast<A>(t.grad_h.at(s.b, row, col, s.d)[channel]);
       for (int tap = 0; tap < 3; ++tap) adjoint += later[tap * size + i + s.num_channels];
       t.adjoint.at(s.b, row, col, s.d)[channel] = adjoint;
-      Coefficients<A> c{};
+      Taps<A> w{};
       if (!starts) {
         const T* logits = t.weight.at(s.b, row, col, s.d) + channel / p.group_size();
-        c = load_coefficients<A>(logits, t.weight.tap_stride, j > 0, j + 1 < walk.num_positions);
+        w = load_coefficients<A>(logits, t.weight.tap_stride, j > 0, j + 1 < walk.num_positions);
       }
-      for (int tap = 0; tap < 3; ++tap)
-        shares[tap * size + i + tap * s.num_channels] = c.w[tap] * adjoint;
+      shares[i] = w.prev * adjoint;
+      shares[size + i + s.num_channels] = w.mid * adjoint;
+      shares[2 * size + i + 2 * s.num_channels] = w.next * adjoint;
     }
     __syncthreads();
     A* const swap = later;
@@ -154,23 +154,25 @@ __global__ void __launch_bounds__(kPointwiseThreads)
       d_logits[tap * t.grad_weight.tap_stride] = static_cast<T>(A(0));
     return;
   }
-  const bool inside[3] = {j > 0, true, j + 1 < walk.num_positions};
-  const auto c = load_coefficients<A>(t.weight.at(b, row, col, d) + group, t.weight.tap_stride,
-                                      inside[0], inside[2]);
+  const bool has_prev = j > 0, has_next = j + 1 < walk.num_positions;
   const int64_t first = group * p.group_size();
   const A* const adjoint = t.adjoint.at(b, row, col, d) + first;
-  A d_w[3] = {A(0), A(0), A(0)};
-  for (int tap = 0; tap < 3; ++tap) {
-    if (!inside[tap]) continue;
+  const auto gradient = [&](int64_t position) {
     const T* const h =
-        t.h.at(b, walk.row(line - 1, j + tap - 1), walk.col(line - 1, j + tap - 1), d) + first;
-    for (int64_t k = 0; k < p.group_size(); ++k) d_w[tap] += adjoint[k] * static_cast<A>(h[k]);
-  }
-  const A mean = weighted_mean(d_w[0], c.w[0], d_w[1], c.w[1], d_w[2], c.w[2], c.inverse);
-  for (int tap = 0; tap < 3; ++tap) {
-    d_logits[tap * t.grad_weight.tap_stride] =
-        static_cast<T>(logit_gradient(d_w[tap], mean, c.inverse, c.sigma[tap]));
-  }
+        t.h.at(b, walk.row(line - 1, position), walk.col(line - 1, position), d) + first;
+    A sum = 0;
+    for (int64_t c = 0; c < p.group_size(); ++c) sum += adjoint[c] * static_cast<A>(h[c]);
+    return sum;
+  };
+  const Taps<A> d_w{has_prev ? gradient(j - 1) : A(0), gradient(j),
+                    has_next ? gradient(j + 1) : A(0)};
+  const Taps<A> e =
+      load_exponentials<A>(t.weight.at(b, row, col, d) + group, t.weight.tap_stride);
+  const Coefficients<A> c = normalize(e, A(has_prev), A(has_next));
+  const Taps<A> result = normalize_backward(d_w, c, complements(e));
+  d_logits[0] = static_cast<T>(result.prev);
+  d_logits[t.grad_weight.tap_stride] = static_cast<T>(result.mid);
+  d_logits[2 * t.grad_weight.tap_stride] = static_cast<T>(result.next);
 }
 
 // One thread per pixel and channel: both factors of λ ⊙ x from the adjoints.
