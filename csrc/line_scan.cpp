@@ -3,6 +3,8 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "line_scan_op.h"
 
 namespace cgspn_seg {

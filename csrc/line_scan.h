@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define CGSPN_INLINE __host__ __device__ __forceinline__
@@ -22,6 +23,10 @@
 namespace cgspn_seg {
 
 constexpr int kMaxDirections = 4;
+
+// State, coefficients and their gradients: double for float64, float for everything else.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // The order is part of the operator's schema (`int[] directions`) and of cgspn_seg.ops.DIRECTIONS.
 enum class Direction : int64_t { kDown = 0, kUp = 1, kRight = 2, kLeft = 3 };
@@ -106,6 +111,13 @@ struct Coefficients {
   Taps<T> w;
   T sum_is_free;  // 1, or 0 where the bound on the sum holds
 };
+
+// -logit, clamped. A NaN fails both comparisons and stays one.
+template <typename T>
+CGSPN_INLINE T exponent(T logit) {
+  const T x = -logit < -kMaxLogit<T> ? -kMaxLogit<T> : -logit;
+  return x > kMaxLogit<T> ? kMaxLogit<T> : x;
+}
 
 // The w, with e_k = exp(-logit_k) and so σ_k = 1 / (1 + e_k). Numerators and denominator are
 // multiplied by all three (1 + e_k), which leaves one division. `has_prev` and `has_next` are 1, or

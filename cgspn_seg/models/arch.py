@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from cgspn_seg.errors import closest
+from cgspn_seg.errors import closest, require_positive_int
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,5 @@ def resolve_architecture(arch: str | Mapping[str, int] | Architecture) -> Archit
     if missing:
         raise ValueError(f"arch lacks {missing}; expected all of {names}")
     for name, value in arch.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"arch[{name!r}] must be a positive integer; got {value!r}")
+        require_positive_int(f"arch[{name!r}]", value)
     return Architecture(**arch)

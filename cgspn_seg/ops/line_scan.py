@@ -71,7 +71,11 @@ def line_scan(
 
 
 def direction_indices(directions: Sequence[str]) -> list[int]:
-    """Indices of direction names in ``DIRECTIONS``; an unknown name raises ValueError."""
+    """Indices of direction names in ``DIRECTIONS``.
+
+    Raises:
+        ValueError: a name is unknown or repeated, or there is none.
+    """
     if isinstance(directions, str):
         raise ValueError(
             f"line_scan: directions must be a sequence of names; got the string {directions!r}, "
@@ -83,6 +87,11 @@ def direction_indices(directions: Sequence[str]) -> list[int]:
             f"line_scan: directions must be out of {DIRECTIONS}; "
             f"got {unknown[0]!r} in {tuple(directions)}"
         )
+    repeated = [name for i, name in enumerate(directions) if name in directions[:i]]
+    if repeated:
+        raise ValueError(f"line_scan: directions must not repeat; got {repeated[0]!r} twice")
+    if not directions:
+        raise ValueError(f"line_scan: directions must name 1 to 4 out of {DIRECTIONS}; got none")
     return [DIRECTIONS.index(name) for name in directions]
 
 
@@ -94,6 +103,16 @@ def _fake_line_scan(
     directions: Sequence[int],
     segment_length: int | None = None,
 ) -> Tensor:
+    # The kernels check everything; a model that is only traced should learn of wrong shapes too.
+    grid = (*x.shape[:3], len(directions))
+    for name, tensor, expected in (
+        ("weight", weight, (*grid, 3, weight.shape[-1])),
+        ("input_gate", input_gate, (*grid, x.shape[-1])),
+    ):
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"line_scan: {name} must have shape {expected}; got {tuple(tensor.shape)}"
+            )
     return x.new_empty(input_gate.shape)
 
 

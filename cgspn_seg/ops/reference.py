@@ -68,10 +68,10 @@ def scan_lines(driven: Tensor, coefficients: Tensor, segment_length: int | None)
     lines = driven.unbind(1)
     if not lines:
         return driven
-    state = torch.zeros_like(lines[0])
+    segment_length = segment_length or len(lines)
     states = []
     for i, (line, w) in enumerate(zip(lines, coefficients.unbind(1), strict=True)):
-        if i == 0 or (segment_length is not None and i % segment_length == 0):
+        if i % segment_length == 0:
             state = line
         else:
             w_prev, w_mid, w_next = w.repeat_interleave(group_size, dim=-1).unbind(2)

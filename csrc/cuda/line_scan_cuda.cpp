@@ -6,6 +6,9 @@
 #include <cuda_fp16.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <type_traits>
+
 #include "../line_scan_op.h"
 #include "line_scan_kernels.h"
 

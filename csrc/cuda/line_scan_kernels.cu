@@ -21,18 +21,12 @@ constexpr int kMaxThreads = 512;
 constexpr int64_t kMaxSliceChannels = 32;
 constexpr int64_t kPointwiseThreads = 256;
 
-template <typename A, typename T>
-__device__ A exp_of_negative(T logit) {
-  const A x = -static_cast<A>(logit);
-  const A above = x < -kMaxLogit<A> ? -kMaxLogit<A> : x;  // a NaN stays one
-  return exp(above > kMaxLogit<A> ? kMaxLogit<A> : above);
-}
-
 // exp(-logit) of a pixel's three logits.
 template <typename A, typename T>
 __device__ Taps<A> load_exponentials(const T* logits, int64_t tap_stride) {
-  return {exp_of_negative<A>(logits[0]), exp_of_negative<A>(logits[tap_stride]),
-          exp_of_negative<A>(logits[2 * tap_stride])};
+  const auto exponential = [](T logit) { return exp(exponent(static_cast<A>(logit))); };
+  return {exponential(logits[0]), exponential(logits[tap_stride]),
+          exponential(logits[2 * tap_stride])};
 }
 
 template <typename A, typename T>
@@ -166,8 +160,7 @@ __global__ void __launch_bounds__(kPointwiseThreads)
   };
   const Taps<A> d_w{has_prev ? gradient(j - 1) : A(0), gradient(j),
                     has_next ? gradient(j + 1) : A(0)};
-  const Taps<A> e =
-      load_exponentials<A>(t.weight.at(b, row, col, d) + group, t.weight.tap_stride);
+  const Taps<A> e = load_exponentials<A>(t.weight.at(b, row, col, d) + group, t.weight.tap_stride);
   const Coefficients<A> c = normalize(e, A(has_prev), A(has_next));
   const Taps<A> result = normalize_backward(d_w, c, complements(e));
   d_logits[0] = static_cast<T>(result.prev);

@@ -8,18 +8,6 @@
 
 namespace cgspn_seg {
 
-// The accumulation type: double for float64, float for everything else.
-template <typename T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-template <typename T>
-using Accumulator = typename AccumulatorOf<T>::type;
-
 template <typename T>
 struct ForwardTensors {
   Pixels<const T> x, weight, gate;

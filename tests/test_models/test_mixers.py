@@ -46,8 +46,9 @@ def test_the_gates_start_open_and_the_logits_at_zero():
     assert (bias[: 4 * 3 * 8] == 0).all() and (bias[4 * 3 * 8 :] == 1).all()
 
 
-def test_lean_is_the_low_rank_core_alone():
-    lean = CGSPNLeanMixer(ARCH)
+def test_lean_is_the_low_rank_core_alone_and_takes_the_same_options():
+    lean = CGSPNLeanMixer(ARCH, latent_dims=4, segment_length=1)
+    assert lean.down.out_features == 4 and lean.segment_length == 1
     assert {name.split(".")[0] for name, _ in lean.named_parameters()} == {
         "down",
         "coefficients",

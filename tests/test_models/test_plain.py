@@ -94,17 +94,23 @@ def test_information_crosses_the_image_with_propagation_and_not_without():
     assert reach(mixer=dict(type="cgspn", segment_length=1)) == 0
 
 
+@pytest.mark.parametrize("frozen_stages", [-1, 0, 2])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_activation_checkpointing_changes_memory_only(mixer):
+def test_activation_checkpointing_changes_memory_only(mixer, frozen_stages):
     torch.manual_seed(0)
-    plain = build(mixer=mixer)
-    recomputing = build(mixer=mixer, with_cp=True)
+    plain = build(mixer=mixer, frozen_stages=frozen_stages)
+    recomputing = build(mixer=mixer, frozen_stages=frozen_stages, with_cp=True)
+    calls = []
+    for block in recomputing.blocks:
+        block.register_forward_pre_hook(lambda module, _: calls.append(module))
     recomputing.load_state_dict(plain.state_dict())
     image = torch.randn(2, 3, 16, 24)
     gradients = []
     for model in (plain, recomputing):
         model(image)[0].square().sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    # Every block that trains runs twice, every other one once.
+    assert len(calls) == 3 + 3 - max(frozen_stages, 0)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -202,7 +208,18 @@ def test_an_image_smaller_than_a_patch_is_refused():
         (dict(out_indices=(3,)), ValueError, "between -3 and 2 for 3 layers; got 3"),
         (dict(out_indices=(2, -1)), ValueError, "must not repeat"),
         (dict(frozen_stages=4), ValueError, "between -1 and the 3 layers; got 4"),
-        (dict(local_perception=("attn",)), ValueError, "got 'attn'"),
+        (dict(local_perception=("attn",)), ValueError, "subset of .*'attn'"),
+        (dict(local_perception="mixer"), ValueError, "subset of .*got 'mixer'"),
+        (dict(drop_path_rate=1.0), ValueError, r"must be in \[0, 1\); got 1.0"),
+        (dict(patch_size=0), ValueError, "patch_size must be a positive integer; got 0"),
+        (dict(out_indices=()), ValueError, r"a sequence of block indices; got \(\)"),
+        (dict(out_indices=2), ValueError, "a sequence of block indices; got 2"),
+        (dict(frozen_stages="1"), ValueError, "got '1'"),
+        (dict(mixer=dict(type="cgspn", segment_length=0)), ValueError, "segment_length must be"),
+        (dict(mixer=dict(type="cgspn", latent_dims=0)), ValueError, "latent_dims must be"),
+        (dict(mixer=dict(type="cgspn", directions=["up", "up"])), ValueError, "not repeat"),
+        (dict(mixer=dict(type="cgspn", directions=[])), ValueError, "got none"),
+        (dict(mixer=dict(type="cgspn-lean", gated=True)), TypeError, "no option 'gated'"),
         (dict(arch=dict(TINY, num_heads=3), mixer="attention"), ValueError, "must divide"),
     ],
 )

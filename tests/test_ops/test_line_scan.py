@@ -214,9 +214,10 @@ class ScanModule(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_compiles_without_graph_breaks_forward_and_backward(device):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_without_graph_breaks_forward_and_backward(device, backend):
     inputs = make_inputs(1, 4, 5, num_directions=2, device=device, dtype=torch.float32)
-    compiled = torch.compile(ScanModule(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ScanModule(), fullgraph=True, backend=backend)
     grad = torch.randn(1, 4, 5, 6, device=device)
     got = with_gradients(compiled, inputs, grad)
     for value, expected in zip(got, with_gradients(ScanModule(), inputs, grad), strict=True):
@@ -305,7 +306,7 @@ REFUSALS = {
         ValueError,
         r"directions must not repeat; got 'down' twice",
     ),
-    "no direction": (lambda *t: t, dict(directions=()), ValueError, r"1 to 4 directions; got 0"),
+    "no direction": (lambda *t: t, dict(directions=()), ValueError, r"1 to 4 out of .* got none"),
     "a string for the directions": (
         lambda *t: t,
         dict(directions="down"),
@@ -327,6 +328,14 @@ def test_refuses(case):
     inputs = change(*(t.detach() for t in make_inputs()))
     with pytest.raises(error, match=message):
         line_scan(*inputs, **options)
+
+
+@pytest.mark.parametrize("name", ["weight", "input_gate"])
+def test_refuses_wrong_shapes_where_a_model_is_only_traced(name):
+    shapes = dict(x=(2, 4, 5, 6), weight=(2, 4, 5, 4, 3, 6), input_gate=(2, 4, 5, 4, 6))
+    shapes[name] = (2, 4, 9, *shapes[name][3:])
+    with pytest.raises(ValueError, match=f"{name} must have shape .*; got "):
+        line_scan(*(torch.empty(shape, device="meta") for shape in shapes.values()))
 
 
 @needs_gpu

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cgspn_seg.errors import closest
+from cgspn_seg.errors import closest, require_positive_int
 from cgspn_seg.models.arch import Architecture, resolve_architecture
 from cgspn_seg.models.backbones.block import Block
 from cgspn_seg.models.mixers import build_mixer, mixer_configs
@@ -80,19 +80,22 @@ class CGSPN(BaseModule):
         super().__init__(init_cfg=init_cfg)
         self.arch = resolve_architecture(arch)
         dims, depth = self.arch.embed_dims, self.arch.num_layers
+        require_positive_int("patch_size", patch_size)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1); got {drop_path_rate}")
         self.patch_size = patch_size
         self.with_cp = with_cp
         self.out_indices = _resolve_out_indices(out_indices, depth)
-        if not -1 <= frozen_stages <= depth:
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= depth:
             raise ValueError(
-                f"frozen_stages must lie between -1 and the {depth} layers; got {frozen_stages}"
+                f"frozen_stages must lie between -1 and the {depth} layers; got {frozen_stages!r}"
             )
         self.frozen_stages = frozen_stages
-        for place in local_perception or ():
-            if place not in LOCAL_PERCEPTION_PLACES:
-                raise ValueError(
-                    f"local_perception must be a subset of {LOCAL_PERCEPTION_PLACES}; got {place!r}"
-                )
+        places = () if local_perception is None else local_perception
+        if isinstance(places, str) or not set(places) <= set(LOCAL_PERCEPTION_PLACES):
+            raise ValueError(
+                f"local_perception must be a subset of {LOCAL_PERCEPTION_PLACES}; got {places!r}"
+            )
 
         self.patch_embed = PatchEmbed(in_channels, dims, kernel_size=patch_size, stride=patch_size)
         mixers = [build_mixer(config, self.arch) for config in mixer_configs(mixer, depth)]
@@ -143,7 +146,7 @@ class CGSPN(BaseModule):
             x = x + resize_pos_embed(self.pos_embed, (height, width))
         outputs = {}
         for i, block in enumerate(self.blocks):
-            recompute = self.with_cp and x.requires_grad
+            recompute = self.with_cp and torch.is_grad_enabled() and i >= self.frozen_stages
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if i in self.out_indices:
                 norm = self.out_norms[self.out_indices.index(i)]
@@ -210,6 +213,8 @@ def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _resolve_out_indices(out_indices: Sequence[int], depth: int) -> tuple[int, ...]:
+    if not isinstance(out_indices, Sequence) or not out_indices:
+        raise ValueError(f"out_indices must be a sequence of block indices; got {out_indices!r}")
     for index in out_indices:
         if not -depth <= index < depth:
             raise ValueError(

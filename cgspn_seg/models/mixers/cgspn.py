@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cgspn_seg.errors import require_positive_int
 from cgspn_seg.models.arch import Architecture
 from cgspn_seg.models.mixers.registry import MIXERS
 from cgspn_seg.ops import DIRECTIONS, direction_indices, line_scan
@@ -20,7 +21,7 @@ class CGSPNMixer(nn.Module):
 
         h = line_scan(z, ŵ(z), λ(z))          one state per direction
         y = P↑ Σ_d u_d(z) ⊙ norm(h_d)
-        out = P_o (y ⊙ SiLU(P_g x))           or y itself, if not `gated`
+        out = P_o (y ⊙ SiLU(P_g x))
 
     The state's scale grows with the number of lines it has passed, hence the norm. The two C x C
     products P_g and P_o are what the paper's parameter count leaves room for. λ and u start open:
@@ -35,15 +36,15 @@ class CGSPNMixer(nn.Module):
         segment_length: lines after which the state restarts; None for the whole image. With 1
             nothing is propagated.
         state_norm: whether the states are normalized (LayerNorm over C_c).
-        gated: whether the two C x C products are there.
 
     Raises:
-        ValueError: ``weight_groups`` does not divide the latent channels, or a direction is
-            unknown.
+        ValueError: an option is no positive integer, ``weight_groups`` does not divide the latent
+            channels, or a direction is unknown or repeated.
     """
 
     needs_pos_embed = False
     local_perception = ("mixer",)
+    gated = True  # whether the two C x C products are there
 
     def __init__(
         self,
@@ -53,12 +54,15 @@ class CGSPNMixer(nn.Module):
         directions: Sequence[str] = DIRECTIONS,
         segment_length: int | None = None,
         state_norm: bool = True,
-        gated: bool = True,
     ) -> None:
         super().__init__()
         dims = arch.embed_dims
-        latent = latent_dims or arch.latent_dims
-        self.weight_groups = weight_groups or latent
+        latent = arch.latent_dims if latent_dims is None else latent_dims
+        self.weight_groups = latent if weight_groups is None else weight_groups
+        require_positive_int("latent_dims", latent)
+        require_positive_int("weight_groups", self.weight_groups)
+        if segment_length is not None:
+            require_positive_int("segment_length", segment_length)
         if latent % self.weight_groups:
             raise ValueError(
                 f"weight_groups must divide the {latent} latent channels; got {self.weight_groups}"
@@ -72,8 +76,8 @@ class CGSPNMixer(nn.Module):
         self.coefficients = nn.Linear(latent, sum(self._coefficient_widths(latent)))
         self.state_norm = nn.LayerNorm(latent) if state_norm else nn.Identity()
         self.up = nn.Linear(latent, dims)
-        self.gate = nn.Linear(dims, dims) if gated else None
-        self.out = nn.Linear(dims, dims) if gated else None
+        self.gate = nn.Linear(dims, dims) if self.gated else None
+        self.out = nn.Linear(dims, dims) if self.gated else None
         with torch.no_grad():
             self.coefficients.bias.split(self._coefficient_widths(latent))[0].zero_()
             self.coefficients.bias[-2 * len(self.directions) * latent :] = 1
@@ -105,5 +109,4 @@ class CGSPNMixer(nn.Module):
 class CGSPNLeanMixer(CGSPNMixer):
     """The low-rank core of C-GSPN alone: :class:`CGSPNMixer` without its two C x C products."""
 
-    def __init__(self, arch: Architecture, gated: bool = False, **options) -> None:
-        super().__init__(arch, gated=gated, **options)
+    gated = False
