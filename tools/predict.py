@@ -2,7 +2,6 @@
 """Segment images: python tools/predict.py CONFIG CHECKPOINT INPUT [INPUT ...] --out-dir DIR."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cgspn_seg.engine import launch
+from cgspn_seg.engine.cli import is_debugging
 from cgspn_seg.engine.inference import Predictor
+from cgspn_seg.errors import closest
 from cgspn_seg.visualization import overlay_with_legend
 from cgspn_seg.visualization.files import write_png
 
@@ -117,9 +118,8 @@ def chosen_ids(classes: Sequence[str], names: Sequence[str] | None) -> list[int]
         return list(range(len(classes)))
     for name in names:
         if name not in classes:
-            near = difflib.get_close_matches(name, classes, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(classes)}"
-            raise ValueError(f"--classes: the model has no class {name!r}; {hint}")
+            hint = closest(name, classes) or f"; it has {', '.join(classes)}"
+            raise ValueError(f"--classes: the model has no class {name!r}{hint}")
     return [classes.index(name) for name in names]
 
 
@@ -146,15 +146,26 @@ def main() -> int:
 
     failed: list[Path] = []
     console = Console(stderr=True)
+
+    def skip(image: Path, reason: str) -> None:
+        failed.append(image)
+        # Names and messages may hold brackets, which are markup otherwise.
+        console.print(f"{image}: {reason}; skipped", style="red", markup=False, soft_wrap=True)
+
     columns = (TextColumn("Segmenting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for job in progress.track(jobs):
             image = read_image(job.image)
             if image is None:
-                failed.append(job.image)
-                console.print(f"{job.image}: not readable as an image; skipped", style="red")
+                skip(job.image, "not readable as an image")
                 continue
-            labels = predictor(job.image)
+            try:
+                labels = predictor(job.image)
+            except (ValueError, RuntimeError) as error:  # such as a size that the model refuses
+                if is_debugging():
+                    raise
+                skip(job.image, next(iter(str(error).splitlines()), type(error).__name__))
+                continue
             write_png(out_dir / "labels" / f"{job.name}.png", labels.astype(np.uint8))
             drawn = np.where(np.isin(labels, shown), labels, -1)
             overlay = overlay_with_legend(
@@ -163,7 +174,9 @@ def main() -> int:
             write_png(out_dir / "overlays" / f"{job.name}.png", overlay)
     print(f"Wrote {len(jobs) - len(failed)} label maps and overlays to {out_dir}")
     if failed:
-        sys.stderr.write(f"{len(failed)} of {len(jobs)} images could not be read (named above)\n")
+        sys.stderr.write(
+            f"{len(failed)} of {len(jobs)} images could not be segmented (named above)\n"
+        )
         return 1
     return 0
 

@@ -24,6 +24,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def require_test_parts(cfg: Config) -> None:
+    """Check that the config says what to test on and what to score."""
+    missing = [k for k in ("test_dataloader", "test_evaluator", "test_cfg") if not cfg.get(k)]
+    if missing:
+        raise ValueError(
+            f"config: {', '.join(missing)} missing, so there is nothing to test; a config that is "
+            "tested has test_dataloader, test_evaluator and test_cfg=dict(type='TestLoop')"
+        )
+
+
 def configure_pictures(cfg: Config, args: argparse.Namespace) -> None:
     """Let MMSegmentation's visualization hook draw every test image."""
     hook = cfg.get("default_hooks", {}).get("visualization")
@@ -55,6 +65,7 @@ def configure_tta(cfg: Config) -> None:
 def main() -> None:
     args = parse_args()
     cfg = launch.load_config(args)
+    require_test_parts(cfg)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show or args.show_dir:
         configure_pictures(cfg, args)

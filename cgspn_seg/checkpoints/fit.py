@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ _SHOWN = 4  # keys listed of each kind; a mismatch repeats itself in every layer
 _TRAINING_ONLY = ("auxiliary_head",)
 # Of batch norms; checkpoints before PyTorch 0.4.1 lack it, and nothing here depends on it.
 _COUNTER = "num_batches_tracked"
+# How PyTorch names a tensor that it does not load for its shape.
+_REFUSED = re.compile(r"^\s*size mismatch for (\S+): ", re.MULTILINE)
 
 Shape = tuple[int, ...]
 
@@ -131,13 +134,14 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Ch
     mismatched: dict[str, tuple[Shape, Shape]] = {}
     try:
         keys = model.load_state_dict(state_dict, strict=False)
-    except RuntimeError:
-        # PyTorch reports other shapes as text only. It comes first, since modules may adapt
-        # what they load, and what they adapt is no mismatch.
+    except RuntimeError as error:
+        # Modules may adapt what they load, such as positional embeddings: only what they refuse is
+        # a mismatch, and PyTorch reports that as text only.
+        refused = set(_REFUSED.findall(str(error)))
         mismatched = {
             key: (expected[key], tuple(value.shape))
             for key, value in _tensors(state_dict).items()
-            if key in expected and expected[key] != tuple(value.shape)
+            if key in expected and key in refused
         }
         if not mismatched:
             raise

@@ -118,52 +118,62 @@ def check_labels(
 ) -> None:
     """Read the labels, and check that each fits its image and holds the dataset's ids only.
 
-    Also warns of classes that no label holds, and says in the log how many labels were read.
+    Then decodes the images, in the time that is left. Also warns of classes that no label holds,
+    and says in the log how many labels and images were read.
 
     Args:
         dataset: The dataset; one that loads no labels or is not on a local disk is passed over.
         name: What to call it in a message: train, val, test.
         logger: Takes warnings and the result.
-        max_seconds: When to stop, leaving the rest unread; `None` reads all. The order is random,
-            and always the same.
+        max_seconds: When to stop, leaving the rest unread; `None` reads all. Labels come before
+            images; the order among them is random, and always the same.
         num_threads: How many files to read at a time; `None` means one for each core, up to 16.
 
     Raises:
-        DataError: A label cannot be read, is not of the size of its image, or holds other ids.
+        DataError: A label or an image cannot be read, or a label is not of the size of its image
+            or holds other ids.
     """
     samples = _local_samples(dataset)
     scan = _LabelScan(dataset)
     if not samples or scan.load_label is None:
         return
     random.Random(0).shuffle(samples)
-    logger.info(f"Checking the {len(samples)} labels of the {name} dataset ...")
+    logger.info(f"Checking the {len(samples)} labels of the {name} dataset, and its images ...")
     start = time.monotonic()
     classes_seen: set[int] = set()
-    problems: list[str] = []
-    checked = 0
+    problems: set[str] = set()  # the label's check may have met an unreadable image as well
+    checked = decoded = 0
+    num_images = len(samples) if scan.load_image is not None else 0
     pool = ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1))
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"Checking {name} labels", total=len(samples))
+        task = progress.add_task(f"Checking {name} data", total=len(samples) + num_images)
         try:
-            futures = [pool.submit(scan, sample) for sample in samples]
-            for future in as_completed(futures, timeout=max_seconds):
-                checked += 1
+            # The pool takes them in this order.
+            labels = {pool.submit(scan, sample) for sample in samples}
+            images = {pool.submit(scan.decode_image, s["img_path"]) for s in samples[:num_images]}
+            for future in as_completed(labels | images, timeout=max_seconds):
                 progress.advance(task)
                 try:
-                    classes_seen |= future.result()
+                    if future in images:
+                        decoded += 1
+                        future.result()
+                    else:
+                        checked += 1
+                        classes_seen |= future.result()
                 except DataError as error:
-                    problems.append(str(error))
+                    problems.add(str(error))
         except TimeoutError:
             pass
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     if problems:
-        count = f" ({len(problems)} of the {checked} labels checked are like this.)"
+        read = f"{checked} labels and {decoded} images that were read"
+        count = f" ({len(problems)} problems in the {read}.)"
         raise DataError(min(problems) + (count if len(problems) > 1 else ""))
     logger.info(
-        f"Checked {checked} of the {len(samples)} labels of the {name} dataset in "
-        f"{time.monotonic() - start:.1f} s: no errors."
+        f"Checked {checked} of the {len(samples)} labels of the {name} dataset and decoded "
+        f"{decoded} of its {num_images} images in {time.monotonic() - start:.1f} s: no errors."
     )
     unseen = [c for i, c in enumerate(dataset.metainfo["classes"]) if i not in classes_seen]
     if unseen and checked == len(samples):
@@ -214,6 +224,17 @@ class _LabelScan:
             return shape
         # Indeed another, or turned by its EXIF data, or of a format that Pillow does not know.
         return self.load_image({"img_path": path})["ori_shape"]
+
+    def decode_image(self, path: str) -> None:
+        """Decode an image in full, or raise :class:`DataError`."""
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:  # Pillow raises what its decoders raise
+            # OpenCV fills the end of a truncated file with gray, and says nothing.
+            if "truncated" in str(error).lower():
+                raise unreadable("image", path, error) from error
+            self.load_image({"img_path": path})
 
     def _raise_wrong_ids(self, path: str, wrong: np.ndarray) -> None:
         """Raise for ids that occur ``wrong`` times, indexed by id, and mean nothing."""

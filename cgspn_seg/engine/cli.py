@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from itertools import dropwhile
 from pathlib import Path
+from traceback import walk_tb
 
 import cgspn_seg
-from cgspn_seg.checkpoints import CheckpointError
+from cgspn_seg import compat  # noqa: F401  (before MMEngine's registry)
 
-__all__ = ["INTERRUPTED", "is_interruption", "message_of", "run"]
+# isort: split
+from mmengine.registry import build_from_cfg
+
+from cgspn_seg.checkpoints import CheckpointError
+from cgspn_seg.errors import closest
+
+__all__ = ["INTERRUPTED", "is_debugging", "is_interruption", "message_of", "run"]
 
 INTERRUPTED = 130  # the exit code that a shell reports after Ctrl-C
 _DEBUG = "CGSPN_DEBUG"
 _PACKAGE = Path(cgspn_seg.__file__).parent
 # Raised on purpose, as a rule; the other kinds may also come from a slip in this package.
 _DELIBERATE = (CheckpointError, ValueError, FileNotFoundError)
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+_UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -34,13 +45,18 @@ def run(main: Callable[[], int | None]) -> None:
             sys.stderr.write(f"\n{tool}: interrupted\n")
             raise SystemExit(INTERRUPTED) from None
         message = _user_message(error)
-        if message is None or os.environ.get(_DEBUG, "0") not in ("", "0"):
+        if message is None or is_debugging():
             raise
         sys.stderr.write(f"\n{tool}: error: {message}\n")
         if not isinstance(error, _DELIBERATE):
             sys.stderr.write(f"({_DEBUG}=1 shows where it was raised.)\n")
         raise SystemExit(2) from None
     raise SystemExit(code or 0)
+
+
+def is_debugging() -> bool:
+    """Whether errors are to show their traceback."""
+    return os.environ.get(_DEBUG, "0") not in ("", "0")
 
 
 def is_interruption(error: BaseException | None) -> bool:
@@ -74,6 +90,8 @@ def _user_message(error: BaseException) -> str | None:
         # The first line begins with the class's name.
         message = "\n".join(said).partition(": ")[2]
         return message if raised_in.is_relative_to(_PACKAGE) else None
+    if (unknown_key := _unknown_key(error)) is not None:
+        return unknown_key
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -84,6 +102,36 @@ def _user_message(error: BaseException) -> str | None:
     if raised_in.is_relative_to(_PACKAGE) or raised_in.absolute().parent == tools:
         return message_of(error)
     return None
+
+
+def _unknown_key(error: BaseException) -> str | None:
+    """The message of a config's dict with a key that its class does not take, else `None`."""
+    found = _UNEXPECTED.search(str(error))
+    if not isinstance(error, TypeError) or found is None:
+        return None
+    key, built, keys = found[1], None, ()
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code is build_from_cfg.__code__:
+            built, keys = frame.f_locals.get("obj_cls"), frame.f_locals.get("args", ())
+    if built is None or key not in keys:
+        return None
+    known = _parameters(built)
+    if key in known:  # a slip in a class that does not take what it says
+        return None
+    name = getattr(built, "__name__", built)
+    return f"config: {name} has no key {key!r}; it takes {', '.join(known)}{closest(key, known)}"
+
+
+def _parameters(built: Callable) -> list[str]:
+    """What a class or function takes by name, with what a class passes on to those above it."""
+    named: dict[str, None] = {}
+    initializers = [vars(kind).get("__init__") for kind in getattr(built, "__mro__", ())]
+    for function in filter(inspect.isfunction, initializers or [built]):
+        parameters = inspect.signature(function).parameters.values()
+        named |= {p.name: None for p in parameters if p.kind not in _UNNAMED and p.name != "self"}
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return list(named)
 
 
 def message_of(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from mmseg.apis import init_model
 from mmseg.registry import DATASETS
 
 from cgspn_seg.checkpoints import load_checkpoint, load_weights, require_complete, state_dict_of
+from cgspn_seg.engine.options import dataset_to_test
 from cgspn_seg.visualization import distinct_palette
 
 __all__ = ["Predictor"]
@@ -36,7 +37,7 @@ class Predictor:
 
     Raises:
         CheckpointError: If the checkpoint does not fill the model.
-        ValueError: If there is no such device.
+        ValueError: If there is no such device, or the config has no test pipeline.
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
@@ -49,9 +50,9 @@ class Predictor:
         self.model.to(device)
         self.num_classes: int = self.model.num_classes
         self.classes, self.palette = _classes_and_palette(cfg, meta, self.num_classes)
-        pipeline = cfg.get("test_pipeline") or cfg.test_dataloader.dataset.pipeline
         # Images to predict have no labels.
-        self._pipeline = Compose([step for step in pipeline if step["type"] != "LoadAnnotations"])
+        pipeline = [step for step in _pipeline(cfg) if step["type"] != "LoadAnnotations"]
+        self._pipeline = Compose(pipeline)
 
     def __call__(self, image: str | os.PathLike[str]) -> np.ndarray:
         """Predict the class ids of an image file, integers of shape (H, W)."""
@@ -60,6 +61,17 @@ class Predictor:
         with torch.inference_mode():
             sample = self.model.test_step(batch)[0]
         return sample.pred_sem_seg.data[0].cpu().numpy()
+
+
+def _pipeline(cfg: Config) -> list[dict]:
+    """The steps of the test data, so that images are predicted as they are scored."""
+    pipeline = dataset_to_test(cfg).get("pipeline") or cfg.get("test_pipeline")
+    if not pipeline:
+        raise ValueError(
+            "config: it has neither test_dataloader.dataset.pipeline nor test_pipeline, which say "
+            "how images are loaded"
+        )
+    return pipeline
 
 
 def _usable(device: str) -> str:
@@ -75,9 +87,9 @@ def _classes_and_palette(cfg: Config, meta: dict, num_classes: int) -> tuple[lis
     known = meta.get("dataset_meta") or {}
     if not known and "CLASSES" in meta:  # MMSegmentation 0.x
         known = {"classes": meta["CLASSES"], "palette": meta.get("PALETTE")}
-    if not known.get("classes") and "test_dataloader" in cfg:
+    if not known.get("classes") and dataset_to_test(cfg):
         # Without its pipeline and its list of files, a data set needs no data.
-        dataset = {**cfg.test_dataloader.dataset, "pipeline": [], "lazy_init": True}
+        dataset = {**dataset_to_test(cfg), "pipeline": [], "lazy_init": True}
         known = DATASETS.build(dataset).metainfo
     classes = list(known.get("classes") or [])
     if len(classes) != num_classes:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import inspect
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import cgspn_seg
 from cgspn_seg import compat  # noqa: F401  (before mmseg)
 
 # isort: split
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
@@ -25,7 +22,7 @@ from mmseg.registry import RUNNERS
 from cgspn_seg import datasets, models  # noqa: F401  (their parts, for configs without them)
 from cgspn_seg.checkpoints import CheckpointCheckHook, RunComplete, protect_checkpoint_loading
 from cgspn_seg.engine.cli import INTERRUPTED, is_interruption, message_of, run
-from cgspn_seg.errors import closest
+from cgspn_seg.engine.options import CHANNELS_LAST, OWN_KEYS, UPSTREAM_KEYS, Options, merge_options
 
 __all__ = [
     "add_config_arguments",
@@ -37,41 +34,8 @@ __all__ = [
     "train",
 ]
 
-# Config keys that these tools read beyond those of MMEngine's Runner.
-CHANNELS_LAST = "channels_last"
-_OWN_KEYS = (CHANNELS_LAST,)
-# What MMEngine and MMSegmentation read of a config: the runner's arguments, what it looks up
-# later, and what their tools and inference use.
-_UPSTREAM_KEYS = frozenset(inspect.signature(Runner).parameters) | {
-    "activation_checkpointing",
-    "compile",
-    "custom_imports",
-    "efficient_conv_bn_eval",
-    "find_unused_parameters",
-    "model_wrapper_cfg",
-    "runner_type",
-    "sync_bn",
-    "test_pipeline",
-    "tta_model",
-    "tta_pipeline",
-}
 _CONFIG_SUFFIXES = (".py", ".yaml", ".yml", ".json")
 _PACKAGE = Path(cgspn_seg.__file__).parent
-
-
-class _Options(DictAction):
-    """MMEngine's way to read KEY=VALUE, whose own errors do not name the option."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        try:
-            super().__call__(parser, *args)
-        except (AssertionError, RecursionError, ValueError):
-            pairs = shlex.join(args[1])
-            parser.error(
-                f"--cfg-options {pairs}: expected KEY=VALUE pairs, where VALUE is a word, a number "
-                'or a list such as "[a,(b,c)]"; set the entries of a dict one by one, as '
-                "KEY.ENTRY=VALUE"
-            )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
@@ -84,7 +48,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, runs: bool = True) 
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=_Options,
+        action=Options,
         metavar="KEY=VALUE",
         help="override config values, such as train_dataloader.batch_size=8 or key='[a,b]'",
     )
@@ -130,8 +94,9 @@ def load_config(args: argparse.Namespace) -> Config:
     """
     protect_checkpoint_loading(trust=args.trust_checkpoint)
     cfg = _read_config(args.config)
-    _merge_options(cfg, args.cfg_options or {})
+    merge_options(cfg, args.cfg_options or {})
     _check_own_keys(cfg)
+    _check_slide(cfg)
     cfg.setdefault("default_scope", "mmseg")
     if not hasattr(args, "launcher"):
         return cfg
@@ -188,62 +153,26 @@ def _closest_configs(path: Path) -> list[str]:
     return [os.path.relpath(found[name]) for name in names]
 
 
-def _merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Merge `--cfg-options`; MMEngine would accept those that change nothing.
-
-    These are keys that nothing reads, and variables such as `data_root`: when the config was read,
-    their values were copied to the places where they are used.
-    """
-    known = {*cfg.keys(), *_UPSTREAM_KEYS, *_OWN_KEYS}
-    for key in options:
-        top = key.split(".", 1)[0]
-        if top not in known:
-            raise ValueError(
-                f"--cfg-options {key}: the config has no {top!r} and nothing reads it"
-                f"{closest(top, known)}"
-            )
-        if top not in {*_UPSTREAM_KEYS, *_OWN_KEYS} and (copies := _copies(cfg, top)):
-            raise ValueError(
-                f"--cfg-options {key}: {top!r} is a variable of the config, whose value has been "
-                f"copied already; override the copies: {', '.join(copies)}"
-            )
-    try:
-        cfg.merge_from_dict(dict(options))
-    except (KeyError, TypeError) as error:
-        pairs = " ".join(f"{key}={value}" for key, value in options.items())
-        raise ValueError(f"--cfg-options {pairs}: {message_of(error)}") from error
-
-
-def _copies(cfg: Config, variable: str) -> list[str]:
-    """Keys, in `--cfg-options` notation, whose value is that of a top-level variable."""
-    value, found = cfg[variable], []
-
-    def visit(node: Any, key: str) -> None:
-        name = key.rsplit(".", 1)[-1]
-        # A small number or an empty list may be equal by chance.
-        telling = name == variable or (isinstance(value, str | list | tuple | dict) and value)
-        if node == value and type(node) is type(value) and telling:
-            found.append(key)
-        elif isinstance(node, dict):
-            for child, item in node.items():
-                visit(item, f"{key}.{child}")
-        elif isinstance(node, list):
-            for index, item in enumerate(node):
-                visit(item, f"{key}.{index}")
-
-    for top in cfg:
-        if top in _UPSTREAM_KEYS:
-            visit(cfg[top], top)
-    return found
-
-
 def _check_own_keys(cfg: Config) -> None:
-    for key in cfg.keys() - _UPSTREAM_KEYS - {*_OWN_KEYS}:
-        if near := difflib.get_close_matches(key, _OWN_KEYS, n=1, cutoff=0.8):
+    for key in cfg.keys() - UPSTREAM_KEYS - {*OWN_KEYS}:
+        # More alike than for other names: a config may have variables of its own.
+        if near := difflib.get_close_matches(key, OWN_KEYS, n=1, cutoff=0.8):
             raise ValueError(f"config: nothing reads the key {key!r}; did you mean {near[0]!r}?")
     channels_last = cfg.get(CHANNELS_LAST, False)
     if not isinstance(channels_last, bool):
         raise ValueError(f"config: {CHANNELS_LAST}: expected True or False, got {channels_last!r}")
+
+
+def _check_slide(cfg: Config) -> None:
+    """Inference by slides needs their size, which MMSegmentation looks up at the first image."""
+    options = (cfg.get("model") or {}).get("test_cfg") or {}
+    missing = [key for key in ("crop_size", "stride") if not options.get(key)]
+    if options.get("mode") == "slide" and missing:
+        raise ValueError(
+            "config: model.test_cfg.mode='slide' needs model.test_cfg.crop_size and "
+            f"model.test_cfg.stride, each (height, width) in pixels; {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Set them, or mode='whole'"
+        )
 
 
 def configure_amp(cfg: Config, amp: bool | None) -> None:
@@ -374,14 +303,16 @@ def train(runner: Runner) -> None:
         if latest is None:
             message = "no checkpoint was written yet, so start again"
         else:
-            message = f"resume from {Path(latest).name} with: {_resume_command()}"
+            message = f"resume from {Path(latest).name} with: {_resume_command(runner.launcher)}"
         iteration = runner.train_loop.iter if not isinstance(runner._train_loop, dict) else 0
         sys.stderr.write(f"\nInterrupted at iteration {iteration}; {message}\n")
         raise SystemExit(INTERRUPTED) from None
 
 
-def _resume_command() -> str:
-    """This process's command line with a bare `--resume`."""
+def _resume_command(launcher: str = "none") -> str:
+    """This process's command line with a bare `--resume`; a launcher's own is not known here."""
+    if launcher != "none":
+        return "the same command with --resume"
     arguments = list(sys.argv)
     for index, argument in enumerate(arguments):
         if argument == "--resume" and index + 1 < len(arguments):

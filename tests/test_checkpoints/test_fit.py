@@ -112,18 +112,32 @@ def test_long_lists_are_cut() -> None:
     assert "… and 5 more" in fit.describe()
 
 
+class Resizing(nn.Module):
+    """Adapts one tensor that it loads, as the encoder does, and has another that it does not."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(size))
+        self.head = nn.Linear(1, 1, bias=False)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        key = f"{prefix}pos_embed"
+        state_dict[key] = state_dict[key][: len(self.pos_embed)]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 def test_what_a_module_adapts_while_loading_is_no_mismatch() -> None:
-    class Resizing(nn.Module):
-        def __init__(self, size: int) -> None:
-            super().__init__()
-            self.pos_embed = nn.Parameter(torch.zeros(size))
+    weights = OrderedDict({"pos_embed": torch.ones(5), "head.weight": torch.ones(1, 1)})
+    assert load_weights(Resizing(2), weights).is_perfect
 
-        def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-            key = f"{prefix}pos_embed"
-            state_dict[key] = state_dict[key][: len(self.pos_embed)]
-            super()._load_from_state_dict(state_dict, prefix, *args)
 
-    assert load_weights(Resizing(2), OrderedDict(pos_embed=torch.ones(5))).is_perfect
+def test_what_a_module_adapts_is_loaded_though_another_tensor_does_not_fit() -> None:
+    weights = OrderedDict({"pos_embed": torch.ones(5), "head.weight": torch.ones(3, 1)})
+    model = Resizing(2)
+    fit = load_weights(model, weights)
+    assert fit.mismatched == {"head.weight": ((1, 1), (3, 1))} and not fit.missing
+    assert fit.counts == {"pos_embed": (1, 1), "head": (0, 1)}
+    assert model.pos_embed.tolist() == [1, 1]
 
 
 def test_a_file_without_weights_lists_what_it_has() -> None:

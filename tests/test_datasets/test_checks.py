@@ -42,7 +42,9 @@ def run(dataset: BaseSegDataset, **options) -> None:
 def test_good_labels_pass_and_the_log_says_how_many_were_read(tiny_ade_root, caplog):
     with caplog.at_level(logging.INFO):
         run(build(tiny_ade_root(num_train=3)))
-    assert "Checked 3 of the 3 labels of the train dataset" in caplog.text
+    assert "Checked 3 of the 3 labels of the train dataset and decoded 3 of its 3 images" in (
+        caplog.text
+    )
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -115,6 +117,29 @@ def test_an_unreadable_label_is_named(tiny_ade_root):
         run(build(root))
 
 
+def test_a_truncated_image_is_named_though_opencv_would_fill_it(tiny_ade_root):
+    root = tiny_ade_root()
+    path = root / "images/training/0001.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, np.asarray(Image.open(path)).shape, np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(DataError, match=r"The image \S+0001\.jpg cannot be read \(.*truncated"):
+        run(build(root))
+
+
+def test_an_image_that_no_decoder_reads_is_named(tiny_ade_root):
+    root = tiny_ade_root(size=(48, 64))
+    path = root / "images/training/0001.png"
+    Image.new("RGB", (64, 48)).save(path)
+    content = path.read_bytes()
+    start = content.index(b"IDAT") + 4
+    damaged = content[:start] + bytes(8) + content[start + 8 :]
+    path.with_suffix(".jpg").write_bytes(damaged)
+    path.unlink()
+    with pytest.raises(DataError, match=r"The image \S+0001\.jpg cannot be read"):
+        run(build(root))
+
+
 def test_a_label_of_another_size_is_named(tiny_ade_root):
     root = tiny_ade_root(size=(48, 64))
     Image.new("RGB", (60, 48)).save(root / "images/training/0003.jpg")
@@ -142,7 +167,9 @@ def test_the_first_of_several_bad_labels_is_named_and_they_are_counted(tiny_ade_
     root = tiny_ade_root(num_train=4)
     for name in ("0001.png", "0003.png"):
         set_pixel(root, name, 9)
-    with pytest.raises(DataError, match=r"0001\.png.*\(2 of the 4 labels checked are like this"):
+    with pytest.raises(
+        DataError, match=r"0001\.png.*\(2 problems in the 4 labels and 4 images that"
+    ):
         run(build(root))
 
 
@@ -159,6 +186,7 @@ def test_reading_stops_at_the_time_limit_and_says_so(tiny_ade_root, monkeypatch,
     counts = [int(r.message.split()[1]) for r in caplog.records if r.message.startswith("Checked")]
     assert len(counts) == 1
     assert 1 <= counts[0] < 40
+    assert "decoded 0 of its 40 images" in caplog.text, "labels come first"
 
 
 def test_classes_that_no_label_holds_are_reported(tiny_ade_root, caplog):

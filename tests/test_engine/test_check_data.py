@@ -62,8 +62,8 @@ class TestWhenItLooks:
             hook.before_val(runner)
         checked = [r.message.split(" in ")[0] for r in caplog.records if "Checked" in r.message]
         assert checked == [
-            "Checked 4 of the 4 labels of the train dataset",
-            "Checked 2 of the 2 labels of the val dataset",
+            "Checked 4 of the 4 labels of the train dataset and decoded 4 of its 4 images",
+            "Checked 2 of the 2 labels of the val dataset and decoded 2 of its 2 images",
         ]
 
     def test_training_without_validation_checks_its_own_data_only(self, tiny_ade_root):

@@ -6,6 +6,12 @@ from collections.abc import Callable
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
+import cgspn_seg.engine  # noqa: F401  (before mmseg)
+
+# isort: split
+from mmengine.registry import OPTIMIZERS, Registry, build_from_cfg
+from mmseg.registry import DATASETS, HOOKS, WEIGHT_INITIALIZERS
+
 from cgspn_seg.checkpoints import CheckpointError
 from cgspn_seg.datasets.errors import check_label_shape
 from cgspn_seg.engine.cli import run
@@ -85,6 +91,52 @@ class Broken(Unreadable):
 def test_other_errors_keep_their_traceback(main: Callable[[], None]) -> None:
     with pytest.raises((ValueError, AssertionError)):
         run(main)
+
+
+@pytest.mark.usefixtures("mmseg_scope")
+@pytest.mark.parametrize(
+    ("registry", "config", "said"),
+    [
+        (
+            HOOKS,
+            dict(type="CheckDataHook", max_second=3),
+            "CheckDataHook has no key 'max_second'; it takes max_seconds, num_threads; did you "
+            "mean 'max_seconds'?",
+        ),
+        (
+            WEIGHT_INITIALIZERS,
+            dict(type="Pretrained", checkpoints="x.pth"),
+            "CheckedPretrainedInit has no key 'checkpoints'; it takes checkpoint, prefix, "
+            "map_location; did you mean 'checkpoint'?",
+        ),
+        (DATASETS, dict(type="CamVidDataset", img_sufix=".png"), "; did you mean 'img_suffix'?"),
+        # Taken by a class above it alone.
+        (DATASETS, dict(type="CamVidDataset", lazy_inits=True), "; did you mean 'lazy_init'?"),
+        (
+            OPTIMIZERS,
+            dict(type="SGD", params=[], lrr=1),
+            "SGD has no key 'lrr'; it takes params, lr",
+        ),
+    ],
+)
+def test_an_unknown_key_in_a_config_is_one_message(
+    registry: Registry, config: dict, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    ended = Ended(lambda: registry.build(config), capsys)
+    assert ended.code == 2
+    name = said.split(" ")[0] if not said.startswith(";") else config["type"]
+    assert f"train.py: error: config: {name} has no key " in ended.said
+    assert said in ended.said
+
+
+def test_an_unknown_key_that_is_not_the_configs_keeps_its_traceback() -> None:
+    """It is a slip in the class, not in the config."""
+
+    def broken(good: int) -> None:
+        (lambda: None)(bad=good)
+
+    with pytest.raises(TypeError):
+        run(lambda: build_from_cfg(dict(type=broken, good=1), HOOKS))
 
 
 def test_debugging_shows_every_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,10 @@ def config(tmp_path: Path) -> Path:
         "optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1.0))\n"
         "train_dataloader = dict(batch_size=3, dataset=dict(data_root=data_root))\n"
         "train_cfg = dict(max_iters=8)\n"
+        "test_pipeline = [dict(type='Resize', scale=1)]\n"
+        "test_dataloader = dict(dataset=dict(pipeline=test_pipeline))\n"
+        "img_ratios = [0.5, 1.0]\n"
+        "tta_pipeline = [dict(type='Resize', scale_factor=r) for r in img_ratios]\n"
     )
     return path
 
@@ -113,6 +117,8 @@ class TestOptions:
             ("data_root=x", r"copied already; override .*: train_dataloader\.dataset\.data_root"),
             ("crop_size=(8,8)", r"override the copies: model\.size"),
             ("num_classes=9", r"override the copies: model\.head\.num_classes"),
+            ("test_pipeline.0.scale=2", r"the copies: test_dataloader\.dataset\.pipeline$"),
+            ("img_ratios=[1.0]", "'img_ratios' is a variable of the config, which nothing reads"),
             ("chanels_last=True", "nothing reads it; did you mean 'channels_last'"),
             ("channels_last=yes", "channels_last: expected True or False, got 'yes'"),
             ("model.head.num_classes.x=1", "--cfg-options model.head.num_classes.x=1: "),
@@ -138,6 +144,12 @@ class TestOptions:
             cfg = cfg[part]
         assert str(cfg) == value
 
+    def test_a_test_pipeline_is_read_where_the_data_set_has_none(self, config):
+        config.write_text("model = dict()\ntest_pipeline = [dict(type='Resize', scale=1)]\n")
+        option = "test_pipeline.0.scale=2"
+        cfg = launch.load_config(parsed(str(config), "--cfg-options", option))
+        assert cfg.test_pipeline[0].scale == 2
+
     @pytest.mark.parametrize("option", ["model.x=dict(a=1,b='c')", "x=[1,2", "no_value"])
     def test_an_option_that_cannot_be_read_ends_with_the_usage(self, config, option, capsys):
         with pytest.raises(SystemExit) as ended:
@@ -150,6 +162,22 @@ class TestOptions:
         config.write_text(config.read_text() + "channel_last = True\n")
         with pytest.raises(ValueError, match=r"nothing reads the key 'channel_last'; did you mean"):
             launch.load_config(parsed(str(config)))
+
+    @pytest.mark.parametrize(
+        ("options", "missing"),
+        [
+            ((), "crop_size and stride are missing"),
+            (("model.test_cfg.stride=(8,8)",), "crop_size is missing"),
+        ],
+    )
+    def test_slides_without_their_size_are_an_error(self, config, options, missing):
+        options = ("model.test_cfg.mode=slide", *options)
+        with pytest.raises(
+            ValueError, match=rf"mode='slide' needs model\.test_cfg\.crop.*{missing}"
+        ):
+            launch.load_config(parsed(str(config), "--cfg-options", *options))
+        complete = (*options, "model.test_cfg.stride=(8,8)", "model.test_cfg.crop_size=(9,9)")
+        launch.load_config(parsed(str(config), "--cfg-options", *complete))
 
     def test_no_shipped_config_has_a_key_that_nothing_reads(self, repository):
         for path in sorted((repository / "configs" / "cgspn").glob("*.py")):
@@ -265,3 +293,7 @@ class TestResume:
     def test_the_command_that_resumes(self, monkeypatch, before, after):
         monkeypatch.setattr(sys, "argv", ["tools/train.py", *shlex.split(before)])
         assert launch._resume_command() == f"python tools/train.py {after}"
+
+    def test_a_launcher_is_left_to_the_user(self):
+        """Its own command, such as torchrun's, is not in this process's arguments."""
+        assert launch._resume_command("pytorch") == "the same command with --resume"

@@ -1,6 +1,8 @@
 """The CamVid converter reads SegNet's layout, checks it, and writes all of it or nothing."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +12,7 @@ from mmengine.config import Config
 from mmseg.registry import DATASETS
 from PIL import Image
 
-from cgspn_seg.datasets import check_data_paths
+from cgspn_seg.datasets import DataError, check_data_paths
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def files(folder: Path) -> set[str]:
 def fails(converter: ModuleType, source: Path, out: Path, match: str) -> None:
     """Converting ends in a message, and leaves nothing behind."""
     before = set(out.parent.rglob("*"))
-    with pytest.raises(SystemExit, match=match):
+    with pytest.raises(DataError, match=match):
         converter.main([str(source), "--out", str(out)])
     assert set(out.parent.rglob("*")) == before
 
@@ -182,6 +184,18 @@ def test_a_broken_image_is_named(converter, source, tmp_path):
     path = source / "train/train_0.png"
     path.write_bytes(path.read_bytes()[:60])
     fails(converter, source, tmp_path / "out", r"The image \S+train_0\.png cannot be read")
+
+
+@pytest.mark.slow
+def test_as_a_tool_it_ends_with_one_message(repository, tmp_path):
+    done = subprocess.run(
+        [sys.executable, repository / "tools/dataset_converters/camvid.py", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "\ncamvid.py: error: " in done.stderr and "is not CamVid as SegNet" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_public_data_are_ready_for_the_shipped_config(

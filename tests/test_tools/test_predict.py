@@ -68,7 +68,7 @@ class TestNames:
 def test_unknown_classes_propose_the_closest(predict: ModuleType) -> None:
     assert predict.chosen_ids(CLASSES, None) == [0, 1, 2]
     assert predict.chosen_ids(CLASSES, ["ball", "floor"]) == [2, 0]
-    with pytest.raises(ValueError, match=r"has no class 'bal'; did you mean ball\?"):
+    with pytest.raises(ValueError, match=r"has no class 'bal'; did you mean 'ball'\?"):
         predict.chosen_ids(CLASSES, ["bal"])
     with pytest.raises(ValueError, match=r"has no class 'xyz'; it has floor, box, ball"):
         predict.chosen_ids(CLASSES, ["xyz"])
@@ -107,9 +107,37 @@ class TestRuns:
             trained.images / "0.png", "--out-dir", tmp_path / "out", code=1,
         )  # fmt: skip
         assert "broken.jpg: not readable as an image; skipped" in said.replace("\n", "")
-        assert "1 of 2 images could not be read" in said
+        assert "1 of 2 images could not be segmented" in said
         written = {str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*.png")}
         assert written == {"labels/0.png", "overlays/0.png"}
+
+    def test_an_image_that_the_model_refuses_is_named_and_the_others_go_on(self, trained, tmp_path):
+        Image.new("RGB", (40, 3)).save(tmp_path / "[thin].png")
+        said = trained.run(
+            "predict.py", trained.config, trained.checkpoint, tmp_path / "[thin].png",
+            trained.images / "0.png", "--out-dir", tmp_path / "out", code=1,
+        )  # fmt: skip
+        assert "/[thin].png: images must be at least one patch" in said
+        assert "Wrote 1 label maps" in said and "Traceback" not in said
+        written = {path.name for path in (tmp_path / "out").rglob("*.png")}
+        assert written == {"0.png"}
+
+    def test_images_are_predicted_as_they_are_scored(self, trained, tmp_path):
+        """With the test data's pipeline; `test_pipeline` would make them too small here."""
+        config = tmp_path / "other.py"
+        config.write_text(
+            f"_base_ = [{str(trained.config)!r}]\n"
+            "test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(3, 3)), "
+            "dict(type='PackSegInputs')]\n"
+        )
+        for name, path in (("a", trained.config), ("b", config)):
+            trained.run(
+                "predict.py", path, trained.checkpoint, trained.images, "--out-dir",
+                tmp_path / name,
+            )  # fmt: skip
+        for index in range(3):
+            a, b = (np.asarray(Image.open(tmp_path / k / f"labels/{index}.png")) for k in "ab")
+            assert (a == b).all()
 
     def test_a_device_that_is_not_there_is_named(self, trained, tmp_path):
         said = trained.run(

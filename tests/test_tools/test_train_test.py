@@ -165,6 +165,26 @@ def test_code_in_a_checkpoint_runs_only_if_it_is_trusted(trained: Workshop, tmp_
     assert witness.exists() and "Iter(test) [3/3]" in said
 
 
+def test_what_cannot_be_tested_is_one_message(trained: Workshop, tmp_path: Path) -> None:
+    without = ("test_dataloader=None", "test_evaluator=None")
+    for arguments in (("--tta",), ("--out", tmp_path / "out")):
+        said = trained.run(
+            "test.py", trained.config, trained.checkpoint, "--work-dir", tmp_path, *arguments,
+            "--cfg-options", *without, code=2,
+        )  # fmt: skip
+        assert "test.py: error: config: test_dataloader, test_evaluator missing" in said
+        assert "Traceback" not in said
+
+
+def test_an_unknown_key_of_a_class_is_one_message(workshop: Workshop, tmp_path: Path) -> None:
+    said = workshop.run(
+        "train.py", workshop.config, "--work-dir", tmp_path, "--cfg-options",
+        "custom_hooks.0.max_second=3", code=2,
+    )  # fmt: skip
+    assert "train.py: error: config: CheckDataHook has no key 'max_second'; it takes " in said
+    assert "did you mean 'max_seconds'?" in said and "Traceback" not in said
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_mixed_precision_trains_and_resumes_on_a_gpu(workshop: Workshop, tmp_path: Path) -> None:

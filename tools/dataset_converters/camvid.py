@@ -10,7 +10,6 @@ import argparse
 import filecmp
 import os
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from rich.progress import track
 
 from cgspn_seg.datasets.camvid import IMAGE_SUFFIXES, CamVidDataset, find_image_suffix
 from cgspn_seg.datasets.errors import DataError, check_label_shape, listing, unreadable
+from cgspn_seg.engine.cli import run
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 OPTIONAL_SPLITS = ("test",)
@@ -217,11 +217,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the converter."""
     args = parse_args(argv)
-    try:
-        convert(args.source, args.out, args.link)
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    convert(args.source, args.out, args.link)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

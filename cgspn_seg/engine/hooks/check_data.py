@@ -14,13 +14,14 @@ class CheckDataHook(Hook):
     """Check the datasets of a run once, before its first iteration.
 
     Each image must have its label, each label must be readable, of the size of its image and hold
-    the ids of the dataset's classes only, and the heads of the model must predict these classes.
-    Training checks what it validates on as well. In distributed runs the first process reads the
-    labels, and all stop where it finds an error.
+    the ids of the dataset's classes only, each image must be readable, and the heads of the model
+    must predict these classes. Training checks what it validates on as well. In distributed runs
+    the first process reads the files, and all stop where it finds an error.
 
     Args:
-        max_seconds: When to stop reading labels, for each dataset; `None` reads all, 0 none.
-        num_threads: How many labels to read at a time; `None` means one for each core, up to 16.
+        max_seconds: When to stop reading labels and then images, for each dataset; `None` reads
+            all, 0 none.
+        num_threads: How many files to read at a time; `None` means one for each core, up to 16.
 
     Raises:
         DataError: From the first method called; the message names the file or the config key.
