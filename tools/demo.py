@@ -5,17 +5,19 @@
 
 draws mazes (tools/draw_mazes.py), trains both models on them (tools/train.py), scores them on mazes
 they have not seen (tools/test.py), and leaves pictures and curves in work_dirs/demo. This takes two
-minutes on two CPU cores; a GPU is used if there is one. The exit code is 0 even if the models come
-out closer than they should, which is said; 1 where a step fails.
+minutes on two CPU cores, one for each model; a GPU is used if there is one. The exit code is 0 even
+if the models come out closer than they should, which is said; 1 where a step fails.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +39,6 @@ TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / "configs" / "demo"
 EXPECTED_GAP = 20  # mIoU points; about 40 are usual
 SAMPLES = 5  # rows of the sheet
-MAX_THREADS = 4  # small tensors: more threads wait for each other
 LOG_TAIL = 20  # lines shown where a step fails
 
 
@@ -91,130 +92,125 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-class Display:
-    """Shows a bar with an ETA for each step; where output is no terminal, a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description:<25}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[detail]:<24}"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def train(
-        self, variant: Variant, iterations: int, command: list[str], folder: Path
-    ) -> TrainingLog:
-        """Run a training to its end."""
-        task = self.progress.add_task(f"Train {variant.title}", total=None, detail="starting")
-        earlier = set(folder.glob("*/vis_data"))
-        reported = 0
-
-        def watch() -> TrainingLog | None:
-            nonlocal reported
-            log = read_new_log(folder, earlier)
-            if log is not None:
-                step, detail = log.train[-1]["step"], describe(log)
-                self.progress.update(task, total=iterations, completed=step, detail=detail)
-                if not self.console.is_terminal and len(log.validations) > reported:
-                    reported = len(log.validations)
-                    self.console.print(f"Train {variant.title}: {step}/{iterations}, {detail}")
-            return log
-
-        run_tool(command, folder / "train.out", watch)
-        log = watch()
-        if log is None:
-            raise StepFailed(f"{command[1]} left no log in {folder}")
-        return log
-
-    def score(self, variant: Variant, command: list[str], folder: Path) -> float:
-        """Run a test to its end; returns the mIoU it found."""
-        task = self.progress.add_task(f"Score {variant.title}", total=None, detail="")
-        run_tool(command, folder / "test.out", lambda: None)
-        newest = max(folder.glob("test/*/*.json"), key=lambda path: path.stat().st_mtime)
-        miou = float(json.loads(newest.read_text(encoding="utf-8").splitlines()[-1])["mIoU"])
-        self.progress.update(task, total=1, completed=1, detail=f"mIoU {miou:.1f}")
-        return miou
-
-
-def read_new_log(folder: Path, earlier: set[Path]) -> TrainingLog | None:
-    """The log of the run that has started since, once it holds an iteration."""
-    for place in set(folder.glob("*/vis_data")) - earlier:
-        try:
-            return read_training_log(place.parent)
-        except (FileNotFoundError, ValueError):  # not written yet
-            pass
-    return None
-
-
-def describe(log: TrainingLog) -> str:
-    """Where a training stands, in a few words."""
-    detail = f"loss {log.train[-1]['loss']:.2f}"
-    if log.validations:
-        detail += f"  val mIoU {log.validations[-1].metrics['mIoU']:.1f}"
-    return detail
-
-
-def run_tool(command: list[str], output: Path, watch: Callable[[], object]) -> None:
-    """Run a tool with its output in a file.
+class Step:
+    """A tool at work in a process of its own: its output goes to a file, its state to a bar.
 
     Args:
-        command: What to run.
+        title: What stands before the bar.
+        command: The tool's name and its arguments.
         output: The file.
-        watch: Called a few times a second.
+        progress: Where the bar is.
+    """
+
+    def __init__(
+        self, title: str, command: Sequence[str | Path], output: Path, progress: Progress
+    ) -> None:
+        self.title = title
+        self.command = [sys.executable, TOOLS / command[0], *command[1:]]
+        self.output = output
+        self.progress = progress
+        self.task = progress.add_task(title, total=None, detail="starting")
+
+    def start(self) -> subprocess.Popen:
+        """Start the tool, on one thread: tensors are small, and two models share the machine."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with self.output.open("w", encoding="utf-8") as file:
+            return subprocess.Popen(
+                self.command,
+                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def watch(self) -> None:
+        """Bring the bar up to date; called a few times a second, and once after the end."""
+
+    def failure(self, code: int) -> StepFailed:
+        """What to raise where the tool has ended with an error."""
+        said = self.output.read_text(encoding="utf-8", errors="replace").splitlines()
+        end = f"{self.title}: exit code {code}; all that was said is in {self.output}"
+        return StepFailed("\n".join([*said[-LOG_TAIL:], "", end]))
+
+
+class Training(Step):
+    """tools/train.py; `log` is what it has logged, `None` before its first iterations."""
+
+    def __init__(self, variant: Variant, args: argparse.Namespace, progress: Progress) -> None:
+        self.folder = args.work_dir / variant.folder
+        self.iterations = args.iters or configured_iterations(variant.config)
+        self.earlier = set(self.folder.glob("*/vis_data"))
+        self.log: TrainingLog | None = None
+        self.reported = 0
+        options = [f"randomness.seed={args.seed}"]
+        if args.iters is not None:
+            options += shortened_schedule(args.iters)
+        command = ["train.py", variant.config, "--work-dir", self.folder, "--cfg-options", *options]
+        super().__init__(f"Train {variant.title}", command, self.folder / "train.out", progress)
+
+    def watch(self) -> None:
+        for place in set(self.folder.glob("*/vis_data")) - self.earlier:
+            try:
+                self.log = read_training_log(place.parent)
+            except (FileNotFoundError, ValueError):  # not written yet
+                return
+            self._show(self.log)
+
+    def _show(self, log: TrainingLog) -> None:
+        done, detail = log.train[-1]["step"], f"loss {log.train[-1]['loss']:.2f}"
+        if log.validations:
+            detail += f"  val mIoU {log.validations[-1].metrics['mIoU']:.1f}"
+        self.progress.update(self.task, total=self.iterations, completed=done, detail=detail)
+        if self.progress.disable and len(log.validations) > self.reported:
+            self.reported = len(log.validations)
+            self.progress.console.print(f"{self.title}: {done}/{self.iterations}, {detail}")
+
+
+class Test(Step):
+    """tools/test.py on what a training has left last; `result` is there after the end."""
+
+    def __init__(self, variant: Variant, training: Training, progress: Progress) -> None:
+        self.folder = training.folder / "test"
+        self.earlier = set(self.folder.glob("*/*.json"))
+        self.log = training.log
+        self.result: Result | None = None
+        checkpoint = (training.folder / "last_checkpoint").read_text(encoding="utf-8").strip()
+        places = ["--work-dir", self.folder, "--out", self.folder / "predictions"]
+        command = ["test.py", variant.config, checkpoint, *places]
+        super().__init__(f"Score {variant.title}", command, training.folder / "test.out", progress)
+
+    def watch(self) -> None:
+        for scalars in set(self.folder.glob("*/*.json")) - self.earlier:
+            if text := scalars.read_text(encoding="utf-8").strip():
+                miou = json.loads(text)["mIoU"]
+                self.result = Result(miou, self.log, self.folder / "predictions")
+                self.progress.update(self.task, total=1, completed=1, detail=f"mIoU {miou:.1f}")
+
+
+def run_side_by_side(steps: Sequence[Step]) -> None:
+    """Run steps to their end; an error of one, or Ctrl-C, ends them all.
 
     Raises:
-        StepFailed: The tool ended with an error.
+        StepFailed: A tool ended with an error.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    threads = str(min(MAX_THREADS, len(os.sched_getaffinity(0))))
-    env = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"}
-    with output.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
-        )
-        try:
-            while True:
-                try:
-                    process.wait(timeout=0.25)
-                    break
-                except subprocess.TimeoutExpired:
-                    watch()
-        finally:  # on Ctrl-C
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode != 0:
-        said = output.read_text(encoding="utf-8", errors="replace").splitlines()
-        tool = Path(command[1]).name
-        raise StepFailed(
-            "\n".join(said[-LOG_TAIL:])
-            + f"\n\n{tool} ended with exit code {process.returncode}; all it said is in {output}"
-        )
-
-
-def train_and_score(variant: Variant, args: argparse.Namespace, display: Display) -> Result:
-    """Train a model by tools/train.py, then score its last weights by tools/test.py."""
-    folder = args.work_dir / variant.folder
-    iterations = args.iters or configured_iterations(variant.config)
-    options = [f"randomness.seed={args.seed}"]
-    if args.iters is not None:
-        options += shortened_schedule(args.iters)
-    command = tool_command("train.py", variant.config, "--work-dir", folder)
-    log = display.train(variant, iterations, [*command, "--cfg-options", *options], folder)
-
-    checkpoint = (folder / "last_checkpoint").read_text(encoding="utf-8").strip()
-    predictions = folder / "predictions"
-    command = tool_command("test.py", variant.config, checkpoint, "--out", predictions)
-    miou = display.score(variant, [*command, "--work-dir", str(folder / "test")], folder)
-    return Result(miou, log, predictions)
-
-
-def tool_command(tool: str, *arguments: str | Path) -> list[str]:
-    return [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    processes: list[subprocess.Popen] = []
+    try:
+        for step in steps:
+            processes.append(step.start())
+        while running := [process for process in processes if process.poll() is None]:
+            for step in steps:
+                step.watch()
+            with suppress(subprocess.TimeoutExpired):
+                running[0].wait(timeout=0.25)
+            for step, process in zip(steps, processes, strict=True):
+                if process.poll():
+                    raise step.failure(process.returncode)
+        for step in steps:
+            step.watch()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
 
 
 def configured_iterations(config: Path) -> int:
@@ -228,7 +224,7 @@ def shortened_schedule(iterations: int) -> list[str]:
     warm_up = max(2, iterations // 20)
     return [
         f"train_cfg.max_iters={iterations}",
-        f"train_cfg.val_interval={max(1, iterations // 10)}",
+        f"train_cfg.val_interval={max(2, iterations // 10)}",
         f"default_hooks.checkpoint.interval={iterations}",
         f"default_hooks.logger.interval={max(1, iterations // 100)}",
         f"param_scheduler.0.end={warm_up}",
@@ -268,15 +264,30 @@ def report(results: list[Result], args: argparse.Namespace, console: Console) ->
     console.print(f"Look at {args.work_dir}/mazes.png and {args.work_dir}/curves.png.")
 
 
+def make_progress(console: Console) -> Progress:
+    """Bars with an ETA; disabled where output is no terminal."""
+    return Progress(
+        TextColumn("{task.description:<25}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[detail]:<24}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 def run_demo(args: argparse.Namespace, console: Console) -> None:
     """Go through all steps."""
     start = time.monotonic()
     data = default_folder()
     drawn = draw_set(MazeSet(seed=args.seed), data)
     console.print(f"The mazes are in {data}{'' if drawn else ', drawn before'}.")
-    display = Display(console)
-    with display.progress:
-        results = [train_and_score(variant, args, display) for variant in VARIANTS]
+    with make_progress(console) as progress:
+        trainings = [Training(variant, args, progress) for variant in VARIANTS]
+        run_side_by_side(trainings)
+        tests = [Test(*pair, progress) for pair in zip(VARIANTS, trainings, strict=True)]
+        run_side_by_side(tests)
+    results = [test.result for test in tests]
     write_png(args.work_dir / "mazes.png", draw_sheet(data, results))
     titles = [variant.title for variant in VARIANTS]
     curves = draw_curves([result.log for result in results], titles)
@@ -287,6 +298,7 @@ def run_demo(args: argparse.Namespace, console: Console) -> None:
 
 def main() -> int:
     args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the tools too
     console = Console(highlight=False, soft_wrap=True)
     try:
         run_demo(args, console)

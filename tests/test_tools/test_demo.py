@@ -18,6 +18,7 @@ import pytest
 from mmengine.config import Config
 from mmseg.registry import MODELS
 from PIL import Image
+from rich.progress import Progress
 
 ADE20K = "cgspn/cgspn-tiny_upernet_8xb2-80k_ade20k-512x512.py"
 
@@ -87,13 +88,32 @@ def test_another_length_stretches_the_whole_schedule(demo):
     assert cfg.to_dict() == as_is
 
 
-def test_a_tool_that_fails_is_quoted_with_its_end(demo, tmp_path):
+def steps_of(demo: ModuleType, folder: Path, programs: dict[str, str]) -> list:
+    """Steps that run programs in the place of tools."""
+    progress = Progress(disable=True)
+    for name, program in programs.items():
+        (folder / f"{name}.py").write_text(program)
+    return [demo.Step(n, [folder / f"{n}.py"], folder / f"{n}.out", progress) for n in programs]
+
+
+def test_a_step_that_fails_is_quoted_with_its_end(demo, tmp_path):
     program = "import sys; print(*range(100), sep='\\n'); sys.exit('no more disk')"
+    steps = steps_of(demo, tmp_path, dict(train=program))
     with pytest.raises(demo.StepFailed) as failed:
-        demo.run_tool([sys.executable, "-c", program], tmp_path / "out", lambda: None)
+        demo.run_side_by_side(steps)
     said = str(failed.value).splitlines()
     assert said[: demo.LOG_TAIL] == [*map(str, range(81, 100)), "no more disk"]
-    assert said[-1].endswith(f"ended with exit code 1; all it said is in {tmp_path / 'out'}")
+    assert said[-1] == f"train: exit code 1; all that was said is in {tmp_path / 'train.out'}"
+
+
+def test_a_step_that_fails_ends_those_beside_it(demo, tmp_path):
+    lasting = f"import time; time.sleep(3); open({str(tmp_path / 'done')!r}, 'w')"
+    steps = steps_of(demo, tmp_path, dict(lasting=lasting, failing="raise SystemExit(3)"))
+    begin = time.monotonic()
+    with pytest.raises(demo.StepFailed, match="failing: exit code 3"):
+        demo.run_side_by_side(steps)
+    assert time.monotonic() - begin < 2
+    assert not (tmp_path / "done").exists()
 
 
 def start(repository: Path, folder: Path, *arguments: object) -> subprocess.Popen:
@@ -119,7 +139,7 @@ def test_a_short_run_goes_through_all_steps(repository, tmp_path):
         scores[folder] = round(json.loads(scalars.read_text())["mIoU"], 1)
         assert re.search(rf"^ *{title} +{scores[folder]} *$", said, re.MULTILINE)
         assert f"Train {title}: 4/4, loss " in said
-        predicted = sorted((tmp_path / "out" / folder / "predictions").iterdir())
+        predicted = sorted((tmp_path / "out" / folder / "test" / "predictions").iterdir())
         assert len(predicted) == 100
         assert set(np.unique(Image.open(predicted[0]))) <= {1, 2, 3, 4}
     assert f"{scores['cgspn'] - scores['no-propagation']:+.1f}" in said
@@ -134,20 +154,20 @@ def test_a_short_run_goes_through_all_steps(repository, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interruption_ends_the_training_too(repository, tmp_path):
+def test_an_interruption_ends_the_trainings_too(repository, tmp_path):
     process = start(repository, tmp_path)
-    log = tmp_path / "work_dirs" / "demo" / "cgspn" / "train.out"
+    outputs = [tmp_path / "work_dirs/demo" / n / "train.out" for n in ("cgspn", "no-propagation")]
     for _ in range(600):
-        if log.is_file() and "Iter(train)" in log.read_text():
+        if all(path.is_file() and "Iter(train)" in path.read_text() for path in outputs):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)  # to the demo alone
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert said.endswith("demo.py: interrupted\n") and "Traceback" not in said
-    size = log.stat().st_size
-    time.sleep(1.5)
-    assert log.stat().st_size == size, "the training must have ended"
+    sizes = [path.stat().st_size for path in outputs]
+    time.sleep(2)
+    assert [path.stat().st_size for path in outputs] == sizes, "the trainings must have ended"
 
 
 @pytest.mark.slow
