@@ -95,10 +95,9 @@ namespace {
 
 constexpr const char* kNoCuda =
     "line_scan: cgspn_seg was built without its CUDA kernels, but x is on a CUDA device. Install a "
-    "CUDA toolkit that "
-    "matches your PyTorch (torch.version.cuda), then build again: `make build`, or "
-    "`FORCE_CUDA=1 pip install -e . --no-build-isolation`; or move the model and its inputs to the "
-    "CPU";
+    "CUDA toolkit that matches your PyTorch (torch.version.cuda), then build again: `make build`, "
+    "or `FORCE_CUDA=1 pip install -e . --no-build-isolation`; or move the model and its inputs to "
+    "the CPU";
 
 at::Tensor line_scan_no_cuda(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                              at::IntArrayRef, std::optional<int64_t>) {
