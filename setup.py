@@ -1,10 +1,14 @@
 """Builds the propagation op, ``cgspn_seg._C``; everything else about the package stands in
 pyproject.toml.
 
+The CUDA kernels are built where PyTorch is a CUDA build and a toolkit that fits it is found.
+
 Environment:
-    FORCE_CUDA=1         build the CUDA kernels though no GPU is visible, or fail saying why not
+    FORCE_CUDA=1         build the CUDA kernels, or fail saying why not
     FORCE_CUDA=0         build the CPU op alone
-    TORCH_CUDA_ARCH_LIST the GPU generations to build for (PyTorch's own variable)
+    CUDA_HOME            the CUDA toolkit (default: that of the nvcc on PATH, then /usr/local/cuda)
+    TORCH_CUDA_ARCH_LIST the GPU generations to build for (default: those of the visible GPUs, and
+                         where there is none, 8.0, 9.0 and the newer ones that nvcc knows)
     CGSPN_CPU_ARCH       GCC's -march for the CPU kernel: native (default), x86-64-v3, ...
 """
 
@@ -15,6 +19,9 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+from setup_checks import gpu_generations, nvcc_release, toolkit_problem
 
 try:
     import torch
@@ -41,23 +48,30 @@ def want_cuda() -> bool:
     force = os.environ.get("FORCE_CUDA")
     if force == "0":
         return False
-    if force is None and not torch.cuda.is_available():
-        return False
-    if torch.version.cuda is None:
-        problem = "the installed PyTorch is a CPU build; install a CUDA build of it"
-    elif CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
-        problem = (
-            f"no nvcc was found; install the CUDA toolkit {torch.version.cuda} and set CUDA_HOME "
-            "to it"
-        )
-    else:
+    problem = toolkit_problem(torch.version.cuda, CUDA_HOME)
+    if problem is None:
         return True
-    if force is None:
-        print(
-            f"warning: a GPU is visible, but only the CPU op is built: {problem}.", file=sys.stderr
-        )
-        return False
-    sys.exit(f"FORCE_CUDA={force}, but {problem}.")
+    if force:
+        sys.exit(f"FORCE_CUDA={force}, but {problem}.")
+    gpu = torch.cuda.is_available()
+    # With a CPU build of PyTorch, or with neither GPU nor toolkit, nobody expects anything else.
+    if torch.version.cuda and (gpu or CUDA_HOME):
+        seen = "a GPU is visible, but " if gpu else ""
+        print(f"warning: {seen}only the CPU op is built: {problem}.", file=sys.stderr)
+    return False
+
+
+def name_gpu_generations() -> None:
+    """Names what to compile for where no GPU is there to ask; PyTorch's build would fail."""
+    if torch.cuda.is_available() or os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return
+    names = gpu_generations(nvcc_release(str(Path(CUDA_HOME, "bin", "nvcc"))))
+    os.environ["TORCH_CUDA_ARCH_LIST"] = names
+    print(
+        f"no GPU is visible, so the CUDA kernels are built for {names}; TORCH_CUDA_ARCH_LIST "
+        "names others.",
+        file=sys.stderr,
+    )
 
 
 def compile_flags() -> list[str]:
@@ -89,6 +103,7 @@ def extension() -> Extension:
     arguments: dict = {"cxx": compile_flags()}
     macros = []
     if cuda:
+        name_gpu_generations()
         sources += [*sorted(CSRC.glob("cuda/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
         arguments["nvcc"] = NVCC_FLAGS
         macros.append(("CGSPN_WITH_CUDA", None))
@@ -97,7 +112,7 @@ def extension() -> Extension:
         "cgspn_seg._C",
         [str(source) for source in sources],
         define_macros=macros,
-        depends=[str(header) for header in CSRC.rglob("*.h")],
+        depends=[str(path) for path in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])],
         extra_compile_args=arguments,
         extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
     )

@@ -1,10 +1,12 @@
-"""What tools/setup_env.py must find on the machine; one sentence for each lack names the way out.
+"""What tools/setup_env.py must find on the machine, and setup.py for the CUDA kernels; one sentence
+for each lack names the way out.
 
-Both use the standard library only, in the syntax of Python 3.6 (hence the quoted annotations), so
-that an old interpreter gets as far as saying that it is too old.
+This and setup_env.py use the standard library only, in the syntax of Python 3.6 (hence the quoted
+annotations), so that an old interpreter gets as far as saying that it is too old.
 """
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from typing import NamedTuple
 
 OLDEST, NEWEST = (3, 11), (3, 12)
 CANDIDATES = ("python3", "python3.12", "python3.11")
+OLDEST_CUDA = (12, 0)
 
 PROBE = """
 import json, sys, sysconfig
@@ -175,6 +178,75 @@ def has_gpu(environ: dict) -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     return listed.returncode == 0 and listed.stdout.startswith(b"GPU")
+
+
+def find_nvcc(environ: dict) -> "str | None":
+    """CUDA's compiler, from the place where PyTorch's build looks for it; None if it is not there.
+
+    Args:
+        environ: Environment variables; `CUDA_HOME` or `CUDA_PATH` name the toolkit's folder.
+    """
+    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc", path=environ.get("PATH"))
+    if not home and on_path:
+        return on_path
+    nvcc = Path(home or "/usr/local/cuda", "bin", "nvcc")
+    return str(nvcc) if nvcc.exists() else None
+
+
+def nvcc_release(nvcc: str) -> "tuple[int, ...] | None":
+    """The CUDA release of a compiler, as in (13, 0); None where it does not say."""
+    command = [nvcc, "--version"]
+    try:
+        said = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60
+        ).stdout.decode(errors="replace")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else None
+
+
+def toolkit_problem(torch_cuda: "str | None", home: "str | None") -> "str | None":
+    """Why the CUDA kernels cannot be built, and the way out; None where they can be.
+
+    Args:
+        torch_cuda: The CUDA release that PyTorch was built with; None for a CPU build.
+        home: The toolkit's folder, as PyTorch's build found it.
+    """
+    if torch_cuda is None:
+        return "the installed PyTorch is a CPU build; install a CUDA build of it"
+    way_out = f"install the CUDA toolkit {torch_cuda} and set CUDA_HOME to it"
+    nvcc = Path(home or "", "bin", "nvcc")
+    if home is None or not nvcc.exists():
+        where = f" in {nvcc.parent}" if home else ""
+        return f"no nvcc was found{where}; {way_out}"
+    release = nvcc_release(str(nvcc))
+    if release is None:
+        return f"{nvcc} does not tell its version; {way_out}"
+    dotted = ".".join(map(str, release))
+    if release < OLDEST_CUDA:
+        oldest = ".".join(map(str, OLDEST_CUDA))
+        return f"{nvcc} is of CUDA {dotted}, older than {oldest}; {way_out}"
+    if release[0] != int(torch_cuda.split(".")[0]):
+        return f"{nvcc} is of CUDA {dotted}, and PyTorch of CUDA {torch_cuda}; {way_out}"
+    # Debian's and conda's toolkits have it elsewhere than NVIDIA's; a lone wrapper has it nowhere.
+    headers = ("include", "targets/*/include")
+    if not any(True for it in headers for _ in Path(home).glob(f"{it}/cuda_runtime_api.h")):
+        return f"{home} holds nvcc but not include/cuda_runtime_api.h; {way_out}"
+    return None
+
+
+def gpu_generations(release: "tuple[int, ...] | None") -> str:
+    """What to build for where no GPU is there to tell, in the form of TORCH_CUDA_ARCH_LIST.
+
+    Machine code runs on all later GPUs of the same major version; PTX, which the driver compiles,
+    on all later ones. The kernels serve 8.0 and newer.
+
+    Args:
+        release: The CUDA release of the compiler, which must know what it is to build for.
+    """
+    return "8.0;9.0;10.0;12.0+PTX" if release and release >= (12, 8) else "8.0;9.0+PTX"
 
 
 def cpu_features() -> str:

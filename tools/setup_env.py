@@ -35,6 +35,7 @@ from setup_checks import (
     check_compiler,
     choose_python,
     cpu_features,
+    find_nvcc,
     has_gpu,
     probe,
     python_problem,
@@ -43,7 +44,16 @@ from setup_checks import (
 ROOT = Path(__file__).resolve().parent.parent
 STACK, DEV = "requirements/stack.txt", "requirements/dev.txt"
 # What changes the outcome of setup.py, and so asks for another build.
-BUILD_VARIABLES = ("CXX", "CGSPN_CPU_ARCH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME")
+BUILD_VARIABLES = (
+    "CXX",
+    "CGSPN_CPU_ARCH",
+    "FORCE_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_HOME",
+    "CUDA_PATH",
+)
+# What setup.py says that is worth passing on.
+BUILD_REMARKS = ("only the CPU op is built", "the CUDA kernels are built for")
 
 
 def progress_of(line: str) -> "tuple[str, float] | None":
@@ -217,14 +227,18 @@ class Environment:
         # It lies in the source tree, where another environment, or a build by hand, may replace it.
         built = [(path, path.stat().st_mtime_ns) for path in self.root.glob("cgspn_seg/_C*.so")]
         native = self.environ.get("CGSPN_CPU_ARCH", "native") == "native"
+        nvcc = find_nvcc(self.environ)
+        scripts = [self.root / name for name in ("setup.py", "tools/setup_checks.py")]
         return digest(
             self.root,
             sorted(built),
             self.installed("torch"),
             [self.environ.get(name) for name in BUILD_VARIABLES],
             cpu_features() if native else "",
-            self.gpu and (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()),
-            *((path, path.read_bytes()) for path in [*sources, self.root / "setup.py"]),
+            self.gpu,
+            # Resolved, for /usr/local/cuda is a link that another toolkit may take over.
+            nvcc and (os.path.realpath(nvcc), os.path.getmtime(nvcc)),
+            *((path, path.read_bytes()) for path in [*sources, *scripts]),
         )
 
     def pip(self, title: str, what: str, *arguments: str) -> None:
@@ -318,7 +332,7 @@ class Environment:
             said = "see the compiler's errors above" if errors else last_line(log)
             raise SetupError(f"The op did not compile: {said}")
         for line in output.splitlines():
-            if "only the CPU op is built" in line:  # how setup.py says that the GPU goes unused
+            if any(remark in line for remark in BUILD_REMARKS):
                 print(line.strip(), flush=True)
         command = [self.python, "-c", "import torch, cgspn_seg.ops; print(torch.version.cuda)"]
         status, output = self.run("Loading the op", command, self.environ)

@@ -81,3 +81,69 @@ def test_the_compiler_of_this_machine_will_do(checks: ModuleType) -> None:
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
     checks.check_compiler({"PATH": os.environ["PATH"]}, sysconfig.get_path("include"))
+
+
+# The CUDA toolkit
+
+
+def toolkit(home: Path, says: str | None, headers: str = "include") -> Path:
+    """A folder like a CUDA toolkit's, whose nvcc says this; without an nvcc for None."""
+    (home / headers).mkdir(parents=True)
+    (home / headers / "cuda_runtime_api.h").touch()
+    if says is not None:
+        (home / "bin").mkdir()
+        (home / "bin" / "nvcc").write_text(f"#!/bin/sh\necho '{says}'\n")
+        (home / "bin" / "nvcc").chmod(0o755)
+    return home
+
+
+def release(number: str) -> str:
+    """What nvcc says of its version."""
+    return f"Cuda compilation tools, release {number}, V{number}.88"
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "says", "said"),
+    [
+        (None, release("13.0"), "is a CPU build; install a CUDA build of it"),
+        ("13.0", None, "no nvcc was found in HOME/bin; install the CUDA toolkit 13.0 and set"),
+        ("13.0", "", "HOME/bin/nvcc does not tell its version; install the CUDA toolkit 13.0"),
+        ("12.6", release("11.8"), "nvcc is of CUDA 11.8, older than 12.0; install the CUDA"),
+        ("13.0", release("12.9"), "nvcc is of CUDA 12.9, and PyTorch of CUDA 13.0; install the"),
+        ("12.6", release("13.0"), "nvcc is of CUDA 13.0, and PyTorch of CUDA 12.6; install the"),
+        ("13.0", release("13.0"), None),
+        ("12.8", release("12.4"), None),
+    ],
+)
+def test_a_toolkit_that_will_not_do_is_described_in_one_sentence(
+    checks: ModuleType, tmp_path: Path, torch_cuda: str | None, says: str | None, said: str | None
+) -> None:
+    problem = checks.toolkit_problem(torch_cuda, str(toolkit(tmp_path, says)))
+    if said is None:
+        assert problem is None
+    else:
+        assert said.replace("HOME", str(tmp_path)) in problem
+        assert "\n" not in problem
+
+
+def test_a_toolkit_that_is_not_there_or_lacks_its_headers_is_said(
+    checks: ModuleType, tmp_path: Path
+) -> None:
+    assert checks.toolkit_problem("13.0", None).startswith("no nvcc was found; install")
+    conda = toolkit(tmp_path / "conda", release("13.0"), "targets/x86_64-linux/include")
+    assert checks.toolkit_problem("13.0", str(conda)) is None
+    wrapper = toolkit(tmp_path / "usr", release("13.0"), "elsewhere")
+    assert "not include/cuda_runtime_api.h" in checks.toolkit_problem("13.0", str(wrapper))
+
+
+def test_nvcc_is_looked_for_where_pytorch_looks(checks: ModuleType, tmp_path: Path) -> None:
+    named, on_path = (toolkit(tmp_path / name, "") / "bin" / "nvcc" for name in ("a", "b"))
+    environ = {"PATH": str(on_path.parent), "CUDA_HOME": str(named.parent.parent)}
+    assert checks.find_nvcc(environ) == str(named)
+    assert checks.find_nvcc({**environ, "CUDA_HOME": str(tmp_path)}) is None
+    assert checks.find_nvcc({"PATH": environ["PATH"]}) == str(on_path)
+
+
+def test_gpu_generations_are_those_that_nvcc_knows(checks: ModuleType) -> None:
+    assert checks.gpu_generations((12, 4)) == checks.gpu_generations(None) == "8.0;9.0+PTX"
+    assert checks.gpu_generations((13, 0)) == "8.0;9.0;10.0;12.0+PTX"

@@ -36,10 +36,11 @@ class Machine:
         self.commands: list[list[str]] = []
         self.answers: dict[str, tuple[int, str]] = {}  # by step: what goes otherwise than well
         self.version = (3, 11, 7)
-        for folder in ("requirements", "csrc/cpu", "cgspn_seg", "include"):
+        for folder in ("requirements", "csrc/cpu", "cgspn_seg", "include", "tools"):
             (root / folder).mkdir(parents=True)
         (root / "include" / "Python.h").touch()
         (root / "setup.py").write_text("setup()")
+        (root / "tools" / "setup_checks.py").write_text("problem = None")
         (root / "csrc" / "cpu" / "scan.cpp").write_text("int one;")
         (root / "requirements" / "stack.txt").write_text("torch==2.13.0\nopencv-python==5.0.0\n")
         (root / "requirements" / "dev.txt").write_text("pytest==9.2.0\n")
@@ -123,6 +124,7 @@ CHANGES: dict[str, Callable[[Machine], object]] = {
     "source edited": lambda it: (it.root / "csrc/cpu/scan.cpp").write_text("int two;"),
     "source added": lambda it: (it.root / "csrc/scan.h").touch(),
     "setup.py edited": lambda it: (it.root / "setup.py").write_text("setup(1)"),
+    "its checks edited": lambda it: (it.root / "tools/setup_checks.py").write_text("problem = 1"),
     "compiler named": lambda it: it.environ.update(CXX="clang++"),
     "torch replaced": lambda it: (
         it.venv / "lib/python3.11/site-packages/torch-2.12.0.dist-info"
@@ -138,6 +140,24 @@ def test_the_op_is_compiled_again_where_what_it_depends_on_changed(
 ) -> None:
     machine.ensure()
     change(machine)
+    assert machine.ensure() == COMPILING
+    assert machine.ensure() == []
+
+
+def test_the_op_is_compiled_again_with_another_cuda_toolkit(machine: Machine) -> None:
+    toolkits = []
+    for name in ("cuda-12.8", "cuda-13.0"):
+        nvcc = machine.root.parent / name / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch()
+        toolkits.append(nvcc.parent.parent)
+    link = machine.root.parent / "cuda"
+    link.symlink_to(toolkits[0])
+    machine.environ["CUDA_HOME"] = str(link)
+    machine.ensure()
+    assert machine.ensure() == []
+    link.unlink()
+    link.symlink_to(toolkits[1])
     assert machine.ensure() == COMPILING
     assert machine.ensure() == []
 
@@ -341,7 +361,7 @@ def test_an_opencv_that_does_not_import_either_way_is_refused(machine: Machine) 
     assert not machine.venv.exists()
 
 
-def test_a_gpu_that_goes_unused_is_said(
+def test_what_setup_py_remarks_and_a_gpu_that_goes_unused_are_said(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine.setup_env, "has_gpu", lambda environ: True)
@@ -349,6 +369,10 @@ def test_a_gpu_that_goes_unused_is_said(
     machine.answers["Compiling the op"] = 0, f"pip\n  {warning}\npip"
     machine.ensure()
     assert capsys.readouterr().out == f"{warning}\n"
+    remark = "no GPU is visible, so the CUDA kernels are built for 8.0;9.0+PTX; others are not."
+    machine.answers["Compiling the op"] = 0, f"pip\n  {remark}\npip"
+    machine.ensure(rebuild=True)
+    assert capsys.readouterr().out == f"{remark}\n"
     machine.answers = {"Loading the op": (0, "None\n")}
     machine.ensure(rebuild=True)
     assert "the installed PyTorch is a CPU build" in capsys.readouterr().out
