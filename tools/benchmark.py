@@ -3,102 +3,141 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
+from benchmark_op import DTYPES, PRESETS, Case, benchmark_op
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils.benchmark import Timer
 
-from cgspn_seg.ops import DIRECTIONS, line_scan, line_scan_reference
+from cgspn_seg.ops import DIRECTIONS
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.half}
+WIDTH = 120  # of a table that goes to a file or a pipe, in characters
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
-    op = parts.add_parser("op", help="line_scan against line_scan_reference")
-    op.add_argument(
+    op = parts.add_parser(
+        "op",
+        help="line_scan against line_scan_reference; on a GPU also against its memory's bandwidth, "
+        "and against GSPN's own kernel",
+    )
+    problem = op.add_argument_group("what is timed")
+    problem.add_argument("--preset", choices=PRESETS, help="a list of cases, instead of one of:")
+    problem.add_argument(
         "--shape", type=int, nargs=4, default=(8, 64, 64, 64), metavar=("B", "H", "W", "C")
     )
-    op.add_argument(
+    problem.add_argument(
         "--groups", type=int, nargs="+", help="channel groups G of the weights (default: C, 1)"
     )
-    op.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
-    op.add_argument("--dtype", choices=DTYPES, default="fp32")
-    op.add_argument("--device", default="cpu")
-    op.add_argument("--threads", type=int, default=torch.get_num_threads())
-    op.add_argument("--seconds", type=float, default=3.0, help="how long each is measured")
-    op.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
-    return parser.parse_args()
-
-
-def median_ms(function: Callable[[], object], threads: int, seconds: float) -> float:
-    """Median milliseconds of a call, on the host's clock with the device's work included."""
-    timer = Timer("function()", globals={"function": function}, num_threads=threads)
-    # The first second finds the memory that later calls get without waiting.
-    timer.blocked_autorange(min_run_time=1.0)
-    return timer.blocked_autorange(min_run_time=seconds).median * 1e3
-
-
-def benchmark_op(args: argparse.Namespace) -> list[dict]:
-    """One row per number of channel groups: times of the operator, the reference, their ratio."""
-    *grid, channels = args.shape
-    rows = []
-    for groups in args.groups or (channels, 1):
-        options = dict(dtype=DTYPES[args.dtype], device=args.device)
-        x = torch.randn(*grid, channels, **options)
-        weight = torch.randn(*grid, len(args.directions), 3, groups, **options)
-        input_gate = torch.randn(*grid, len(args.directions), channels, **options)
-        row = dict(shape=list(args.shape), directions=len(args.directions), groups=groups)
-        row |= dict(dtype=args.dtype, device=args.device, threads=args.threads)
-        for name, scan in (("op", line_scan), ("reference", line_scan_reference)):
-            scan = partial(scan, directions=args.directions)
-            calls = dict(
-                forward=partial(scan, x, weight, input_gate),
-                forward_backward=partial(forward_and_backward, scan, x, weight, input_gate),
-            )
-            for what, call in calls.items():
-                row[f"{name}_{what}_ms"] = median_ms(call, args.threads, args.seconds)
-        for what in ("forward", "forward_backward"):
-            row[f"{what}_ratio"] = row[f"reference_{what}_ms"] / row[f"op_{what}_ms"]
-        rows.append(row)
-    return rows
-
-
-def forward_and_backward(scan: Callable[..., Tensor], *tensors: Tensor) -> None:
-    """Gradients of all three inputs, for a gradient of the output as large as the input gate."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    torch.autograd.grad(scan(*leaves), leaves, tensors[2])
-
-
-def print_table(rows: list[dict]) -> None:
-    first = rows[0]
-    table = Table(
-        title=f"line_scan, (B, H, W, C) = {tuple(first['shape'])}, {first['directions']} "
-        f"directions, {first['dtype']}, {first['device']}, {first['threads']} threads; median ms"
+    problem.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
+    problem.add_argument("--dtype", choices=DTYPES, default="fp32")
+    op.add_argument(
+        "--device", type=torch.device, default="cpu", help="cpu (default), cuda or cuda:INDEX"
     )
-    for column in ("G", "forward", "reference", "ratio", "fwd + bwd", "reference", "ratio"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        cells = [str(row["groups"])]
-        for what in ("forward", "forward_backward"):
-            cells += [f"{row[f'{name}_{what}_ms']:.1f}" for name in ("op", "reference")]
-            cells.append(f"{row[f'{what}_ratio']:.1f}")
-        table.add_row(*cells)
-    Console().print(table)
+    op.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: all)"
+    )
+    op.add_argument(
+        "--seconds", type=float, default=3.0, help="how long each is measured on the CPU"
+    )
+    op.add_argument("--runs", type=int, default=50, help="how many are measured on a GPU")
+    op.add_argument("--no-reference", action="store_true", help="do not time line_scan_reference")
+    op.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
+    args = parser.parse_args()
+    if args.device.type not in ("cpu", "cuda"):
+        op.error(f"--device: expected cpu or cuda, got {args.device}")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        op.error("--device: PyTorch sees no GPU")
+    own = ("shape", "groups", "directions", "dtype")
+    if args.preset and (given := [n for n in own if getattr(args, n) != op.get_default(n)]):
+        op.error(f"--preset: its cases say the {given[0]} themselves")
+    return args
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """The cases that the command line names."""
+    if args.preset:
+        return PRESETS[args.preset]
+    shape = tuple(args.shape)
+    groups = args.groups or dict.fromkeys((shape[-1], 1))
+    return [Case(shape, args.dtype, tuple(args.directions), g) for g in groups]
+
+
+def three_digits(value: float) -> str:
+    """A positive number with three digits that count, or all those before its point."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def ratio(key: str) -> Callable[[dict], str]:
+    """Shows the ratio with this key, with a star where the other's time was not measured here."""
+    return lambda f: three_digits(f[f"{key}_ratio"]) + "×" + "*" * f.get(f"{key}_quoted", False)
+
+
+# Header, the figure without which a pass has a dash there, and how it is shown.
+COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
+    ("time", "ms", lambda f: three_digits(f["ms"])),
+    ("MB", "min_bytes", lambda f: three_digits(f["min_bytes"] * 1e-6)),
+    ("GB/s", "gb_per_s", lambda f: three_digits(f["gb_per_s"])),
+    ("of copy", "copy_share", lambda f: f"{f['copy_share']:.1%}"),
+    ("µs/line", "us_per_line", lambda f: three_digits(f["us_per_line"])),
+    ("reference", "reference_ms", lambda f: three_digits(f["reference_ms"])),
+    ("ratio", "reference_ratio", ratio("reference")),
+    ("GSPN", "original_ms", lambda f: three_digits(f["original_ms"])),
+    ("ratio", "original_ratio", ratio("original")),
+)
+
+
+def table_of(figures: dict) -> Table:
+    """What benchmark_op measured, a row for each case; columns that no case fills are left out."""
+    passes = [f for row in figures["rows"] for f in row["passes"].values()]
+    columns = [column for column in COLUMNS if any(column[1] in f for f in passes)]
+    title = f"line_scan, {figures['device']}; median milliseconds, "
+    if "copy_gb_per_s" in figures:
+        title += f"{figures['runs']} runs; a copy moves {figures['copy_gb_per_s']:.0f} GB/s"
+    else:
+        title += f"{figures['threads']} threads"
+    table = Table(title=title, show_lines=True)
+    table.add_column("B×H×W×C")
+    table.add_column()
+    for header, _, _ in columns:
+        table.add_column(header, justify="right")
+    for row in figures["rows"]:
+        names = row["directions"]
+        directions = "all four" if len(names) == len(DIRECTIONS) else " + ".join(names)
+        table.add_row(
+            "×".join(map(str, row["shape"]))
+            + f"\n{row['dtype']}, {directions}, G = {row['groups']}",
+            "\n".join(name.replace("_", " + ") for name in row["passes"]),
+            *(
+                "\n".join(show(f) if key in f else "–" for f in row["passes"].values())
+                for _, key, show in columns
+            ),
+        )
+    if any(f.get("original_quoted") for f in passes):
+        table.caption = "* against times measured on one H200, not in this run"
+    return table
 
 
 def main() -> None:
     args = parse_args()
-    rows = benchmark_op(args)
-    print_table(rows)
+    figures = benchmark_op(
+        cases_of(args),
+        args.device,
+        threads=args.threads,
+        seconds=args.seconds,
+        runs=args.runs,
+        reference=not args.no_reference,
+    )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(table_of(figures))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(dict(torch=torch.__version__, rows=rows), file, indent=2)
+            json.dump(figures, file, indent=2)
 
 
 if __name__ == "__main__":
