@@ -106,39 +106,84 @@ constexpr double kMinSum = 1e-7;
 template <typename T>
 constexpr T kMaxLogit = sizeof(T) > 4 ? T(200) : T(28);
 
+// exp(-logit) of the lower bound is about 1e12; a NaN passes.
 template <typename T>
-struct Coefficients {
-  Taps<T> w;
-  T sum_is_free;  // 1, or 0 where the bound on the sum holds
-};
-
-// -logit, clamped. A NaN fails both comparisons and stays one.
-template <typename T>
-CGSPN_INLINE T exponent(T logit) {
-  const T x = -logit < -kMaxLogit<T> ? -kMaxLogit<T> : -logit;
+CGSPN_INLINE T clamp_logit(T logit) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, float>) {
+    // One instruction. Above the upper bound, exp(-logit) vanishes beside 1 with a clamp or
+    // without.
+    float x;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(logit), "f"(-kMaxLogit<float>));
+    return x;
+  }
+#endif
+  const T x = logit < -kMaxLogit<T> ? -kMaxLogit<T> : logit;
   return x > kMaxLogit<T> ? kMaxLogit<T> : x;
 }
 
-// The w, with e_k = exp(-logit_k) and so σ_k = 1 / (1 + e_k). Numerators and denominator are
-// multiplied by all three (1 + e_k), which leaves one division. `has_prev` and `has_next` are 1, or
-// 0 where that neighbour lies outside the image.
+// 1 / x; to one unit in the last place on a GPU, where the exact quotient takes ten instructions.
 template <typename T>
-CGSPN_INLINE Coefficients<T> normalize(Taps<T> e, T has_prev, T has_next) {
+CGSPN_INLINE T reciprocal(T x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, float>) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+  }
+#endif
+  return T(1) / x;
+}
+
+template <typename T>
+CGSPN_INLINE T larger(T a, T b) {
+#ifdef __CUDA_ARCH__
+  return fmax(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The w before and after the division.
+template <typename T>
+struct Shares {
+  Taps<T> share;  // w_k = share_k * inverse
+  T inverse;
+  T sum_is_free;  // 1, or 0 where the bound on the sum holds
+};
+
+template <typename T>
+struct Coefficients {
+  Taps<T> w;
+  T sum_is_free;
+};
+
+// With e_k = exp(-logit_k), σ_k = 1 / (1 + e_k). Numerators and denominator of the w are multiplied
+// by all three (1 + e_k), which leaves one division. `has_prev` and `has_next` are 1, or 0 where
+// that neighbour lies outside the image.
+template <typename T>
+CGSPN_INLINE Shares<T> shares(Taps<T> e, T has_prev, T has_next) {
   const T d_prev = T(1) + e.prev, d_mid = T(1) + e.mid, d_next = T(1) + e.next;
   const T prev = has_prev * (d_mid * d_next);
   const T mid = d_prev * d_next;
   const T next = has_next * (d_prev * d_mid);
   const T sum = prev + mid + next;
   const T bound = T(kMinSum) * (mid * d_mid);
-  const T inverse = T(1) / (sum > bound ? sum : bound);
-  return {{prev * inverse, mid * inverse, next * inverse}, sum > bound ? T(1) : T(0)};
+  return {{prev, mid, next}, reciprocal(larger(sum, bound)), sum > bound ? T(1) : T(0)};
 }
 
-// 1 - σ_k = e_k / (1 + e_k), again with one division.
 template <typename T>
-CGSPN_INLINE Taps<T> complements(Taps<T> e) {
+CGSPN_INLINE Coefficients<T> normalize(Taps<T> e, T has_prev, T has_next) {
+  const Shares<T> s = shares(e, has_prev, has_next);
+  return {{s.share.prev * s.inverse, s.share.mid * s.inverse, s.share.next * s.inverse},
+          s.sum_is_free};
+}
+
+// 1 - σ_k = e_k / (1 + e_k), again with one division; all times `scale`.
+template <typename T>
+CGSPN_INLINE Taps<T> complements(Taps<T> e, T scale = T(1)) {
   const T d_prev = T(1) + e.prev, d_mid = T(1) + e.mid, d_next = T(1) + e.next;
-  const T inverse = T(1) / (d_prev * d_mid * d_next);
+  const T inverse = scale * reciprocal(d_prev * d_mid * d_next);
   return {e.prev * (d_mid * d_next) * inverse, e.mid * (d_prev * d_next) * inverse,
           e.next * (d_prev * d_mid) * inverse};
 }

@@ -29,7 +29,9 @@ void normalize_pixel(const T* logits, int64_t tap_stride, bool has_prev, bool ha
                      A* w, A* derivative) {
   // In a function of their own the structs stay in vector registers.
   const auto normalize_group = [=](int64_t g) {
-    const auto exponential = [](T logit) { return exp_in_range(exponent(static_cast<A>(logit))); };
+    const auto exponential = [](T logit) {
+      return exp_in_range(-clamp_logit(static_cast<A>(logit)));
+    };
     const Taps<A> e{exponential(logits[g]), exponential(logits[tap_stride + g]),
                     exponential(logits[2 * tap_stride + g])};
     const Coefficients<A> c = normalize(e, A(has_prev), A(has_next));

@@ -30,12 +30,45 @@ void dispatch(at::ScalarType dtype, const Body& body) {
   }
 }
 
-void check_launch(cudaError_t error, const Problem& p) {
-  TORCH_CHECK_VALUE(
-      error != cudaErrorInvalidConfiguration, "line_scan: x has lines of ",
-      std::max(p.height, p.width),
-      " pixels, more than the CUDA kernel holds in shared memory; use the CPU, or a coarser grid");
-  C10_CUDA_CHECK(error);
+// Channels that can be accessed at once in every tensor: their addresses, with all strides, are
+// multiples of so many elements. At most 16 bytes.
+int aligned_channels(std::initializer_list<at::Tensor> tensors) {
+  const auto element = static_cast<int64_t>(tensors.begin()->element_size());
+  int64_t bytes = 16;
+  for (const at::Tensor& tensor : tensors) {
+    const auto divide = [&](int64_t value) {
+      while (value % bytes != 0) bytes /= 2;
+    };
+    divide(static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.data_ptr())));
+    for (int64_t axis = 0; axis + 1 < tensor.dim(); ++axis)
+      if (tensor.size(axis) > 1) divide(tensor.stride(axis) * element);
+  }
+  return static_cast<int>(std::max<int64_t>(bytes / element, 1));
+}
+
+// `tensors`: those that have the channels of x, which is the first.
+Plan plan_for(Pass pass, const Problem& p, std::initializer_list<at::Tensor> tensors,
+              const at::Tensor& weight) {
+  const at::Tensor& x = *tensors.begin();
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, x.get_device()));
+    return value;
+  };
+  const Device device{attribute(cudaDevAttrMultiProcessorCount),
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                      attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
+  // Logits that several channels share are read one by one.
+  const int aligned = p.group_size() > 1
+                          ? aligned_channels(tensors)
+                          : std::min(aligned_channels(tensors), aligned_channels({weight}));
+  const Layout layout{static_cast<int>(x.element_size()), x.scalar_type() == at::kDouble ? 8 : 4,
+                      aligned};
+  const std::optional<Plan> plan = make_plan(pass, p, layout, device);
+  TORCH_CHECK_VALUE(plan.has_value(), "line_scan: x has lines of ", std::max(p.height, p.width),
+                    " pixels, more than the CUDA kernel holds in shared memory; use the CPU, or a "
+                    "coarser grid");
+  return *plan;
 }
 
 at::Tensor line_scan_cuda(const at::Tensor& x, const at::Tensor& weight,
@@ -47,11 +80,12 @@ at::Tensor line_scan_cuda(const at::Tensor& x, const at::Tensor& weight,
   if (h.numel() == 0) return h;
   const at::Tensor dense_x = with_dense_channels(x), dense_weight = with_dense_channels(weight),
                    dense_gate = with_dense_channels(input_gate);
+  const Plan plan = plan_for(Pass::kForward, p, {dense_x, dense_gate}, dense_weight);
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const ForwardTensors<T> tensors{pixels<const T>(dense_x), pixels<const T>(dense_weight),
                                     pixels<const T>(dense_gate), pixels<T>(h)};
-    check_launch(launch_forward<T>(p, tensors, c10::cuda::getCurrentCUDAStream()), p);
+    C10_CUDA_CHECK(launch_forward<T>(p, tensors, plan, c10::cuda::getCurrentCUDAStream()));
   });
   return h;
 }
@@ -70,16 +104,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> line_scan_backward_cuda(
   const at::Tensor dense_x = with_dense_channels(x), dense_weight = with_dense_channels(weight),
                    dense_gate = with_dense_channels(input_gate),
                    dense_grad_h = with_dense_channels(grad_h), dense_h = with_dense_channels(h);
+  const Plan plan =
+      plan_for(Pass::kBackward, p, {dense_x, dense_gate, dense_grad_h, dense_h}, dense_weight);
+  const at::Tensor grad_input =
+      p.num_directions > 1 ? at::empty(grad_gate.sizes(), x.options()) : grad_x;
+  const bool whole_groups = plan.reduced_channels == p.group_size();
+  const int64_t parts = whole_groups ? 0 : p.channels / plan.reduced_channels;
+  const at::Tensor partial_sums =
+      at::empty({p.batch, p.height, p.width, p.num_directions, 3, parts},
+                x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
-    const at::Tensor adjoint = at::empty(
-        grad_gate.sizes(), x.options().dtype(std::is_same_v<A, double> ? at::kDouble : at::kFloat));
-    const BackwardTensors<T> tensors{
-        pixels<const T>(dense_x),      pixels<const T>(dense_weight), pixels<const T>(dense_gate),
-        pixels<const T>(dense_grad_h), pixels<const T>(dense_h),      pixels<T>(grad_x),
-        pixels<T>(grad_weight),        pixels<T>(grad_gate),          pixels<A>(adjoint)};
-    check_launch(launch_backward<T>(p, tensors, c10::cuda::getCurrentCUDAStream()), p);
+    const BackwardTensors<T> tensors{pixels<const T>(dense_x),    pixels<const T>(dense_weight),
+                                     pixels<const T>(dense_gate), pixels<const T>(dense_grad_h),
+                                     pixels<const T>(dense_h),    pixels<T>(grad_x),
+                                     pixels<T>(grad_weight),      pixels<T>(grad_gate),
+                                     pixels<T>(grad_input),       pixels<A>(partial_sums)};
+    C10_CUDA_CHECK(launch_backward<T>(p, tensors, plan, c10::cuda::getCurrentCUDAStream()));
   });
   return {grad_x, grad_weight, grad_gate};
 }

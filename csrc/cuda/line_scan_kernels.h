@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../line_scan.h"
+#include "plan.h"
 
 namespace cgspn_seg {
 
@@ -18,17 +19,20 @@ template <typename T>
 struct BackwardTensors {
   Pixels<const T> x, weight, gate, grad_h, h;
   Pixels<T> grad_x, grad_weight, grad_gate;
-  Pixels<Accumulator<T>>
-      adjoint;  // workspace (B, H, W, D, C): dL/dh including everything later in the scan
+  // Workspaces. λ ⊙ dL/dh of each direction, (B, H, W, D, C); grad_x itself if there is but one.
+  Pixels<T> grad_input;
+  // dL/dw summed over some channels of each group, (B, H, W, D, 3, C / `reduced channels`); without
+  // data where a block sums whole groups.
+  Pixels<Accumulator<T>> partial_sums;
 };
 
 // Both enqueue their work on `stream` and return what the launches did. Instantiated for float,
 // double, __half and __nv_bfloat16.
 template <typename T>
 cudaError_t launch_forward(const Problem& problem, const ForwardTensors<T>& tensors,
-                           cudaStream_t stream);
+                           const Plan& plan, cudaStream_t stream);
 template <typename T>
 cudaError_t launch_backward(const Problem& problem, const BackwardTensors<T>& tensors,
-                            cudaStream_t stream);
+                            const Plan& plan, cudaStream_t stream);
 
 }  // namespace cgspn_seg

@@ -1,11 +1,36 @@
-"""Inputs for the line scan's tests, and an oracle that shares no code with the operator."""
+"""What the line scan's tests share: inputs, how close is close, and an independent oracle."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DIRECTIONS = ("down", "up", "right", "left")
+
+# Relative to the norm, or absolute below a norm of 1. The half types are compared with float64 on
+# equal inputs.
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+}
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, as `TOLERANCES` bounds it."""
+    value, expected = value.detach().double().cpu(), expected.detach().double().cpu()
+    return ((value - expected).norm() / expected.norm().clamp(min=1)).item()
+
+
+def with_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_h: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    """The result of `function` and the gradients of its inputs."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    h = function(*inputs, **options)
+    return h, *torch.autograd.grad(h, inputs, grad_h, materialize_grads=True)
 
 
 def make_inputs(

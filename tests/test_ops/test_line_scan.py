@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from cgspn_seg.ops import DIRECTIONS, line_scan, line_scan_reference
 
-from .oracles import dense_scan, make_inputs
+from .oracles import TOLERANCES, dense_scan, make_inputs, relative_error, with_gradients
 
 SUBSETS = [
     order
@@ -22,28 +22,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 def needs_gpu(test):
     return pytest.mark.gpu(NO_GPU(test))
-
-
-# Relative to the norm, or absolute below a norm of 1. The half types are compared with float64 on
-# equal inputs.
-TOLERANCES = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1e-2,
-}
-
-
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    value, expected = value.detach().double().cpu(), expected.detach().double().cpu()
-    return ((value - expected).norm() / expected.norm().clamp(min=1)).item()
-
-
-def with_gradients(function, inputs, grad_h, **options):
-    """The result of `function` and the gradients of its inputs."""
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    h = function(*inputs, **options)
-    return h, *torch.autograd.grad(h, inputs, grad_h, materialize_grads=True)
 
 
 @pytest.fixture(params=DEVICES)
@@ -343,19 +321,3 @@ def test_refuses_tensors_on_different_devices():
     x, weight, gate = (t.detach() for t in make_inputs())
     with pytest.raises(ValueError, match=r"weight must be on the device of x, cpu; got cuda"):
         line_scan(x, weight.cuda(), gate)
-
-
-@needs_gpu
-def test_the_gpu_repeats_bit_for_bit_and_can_be_captured_in_a_graph():
-    inputs = make_inputs(2, 33, 47, channels=64, groups=64, dtype=torch.bfloat16, device="cuda")
-    grad_h = torch.randn_like(inputs[2])
-    first = with_gradients(line_scan, inputs, grad_h)
-    for value, again in zip(first, with_gradients(line_scan, inputs, grad_h), strict=True):
-        assert torch.equal(value, again)
-    detached = [t.detach() for t in inputs]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        h = line_scan(*detached)
-    h.zero_()
-    graph.replay()
-    assert torch.equal(h, first[0])

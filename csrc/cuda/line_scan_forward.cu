@@ -1,0 +1,39 @@
+#include "launch.cuh"
+#include "scan_forward.cuh"
+
+namespace cgspn_seg {
+
+template <typename T>
+cudaError_t launch_forward(const Problem& p, const ForwardTensors<T>& tensors, const Plan& plan,
+                           cudaStream_t stream) {
+  return dispatch_plan<T>(plan, [&](auto channels, auto items) {
+    const auto launch = [&](auto shared) {
+      constexpr bool kShared = shared();
+      // Long periods are for single items of more than one channel: see the table of plans.
+      if constexpr (items() == 1 && channels() * sizeof(T) >= 8) {
+        if (plan.teams > 1)
+          return launch_plan(scan_forward<T, channels(), kShared, 1, kLongPeriod, kManyTeams>, plan,
+                             stream, p, tensors);
+        if (plan.period > 1)
+          return launch_plan(scan_forward<T, channels(), kShared, 1, kLongPeriod, 1>, plan, stream,
+                             p, tensors);
+      }
+      return launch_plan(scan_forward<T, channels(), kShared, items(), 1, 1>, plan, stream, p,
+                         tensors);
+    };
+    return p.group_size() > 1 ? launch(std::true_type{}) : launch(std::false_type{});
+  });
+}
+
+#define CGSPN_INSTANTIATE(T)                                                                    \
+  template cudaError_t launch_forward<T>(const Problem&, const ForwardTensors<T>&, const Plan&, \
+                                         cudaStream_t);
+CGSPN_INSTANTIATE(__nv_bfloat16)
+#ifndef CGSPN_ONLY_BFLOAT16
+CGSPN_INSTANTIATE(float)
+CGSPN_INSTANTIATE(double)
+CGSPN_INSTANTIATE(__half)
+#endif
+#undef CGSPN_INSTANTIATE
+
+}  // namespace cgspn_seg
