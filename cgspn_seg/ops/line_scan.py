@@ -61,7 +61,8 @@ def line_scan(
         (B, H, W, D, C), the hidden state in image coordinates, contiguous, with the dtype of ``x``.
 
     Raises:
-        ValueError: a direction, shape, device or segment length is not as described.
+        ValueError: a direction, shape, device or segment length is not as described, or lines are
+            longer than the GPU's shared memory holds (thousands of pixels; docs/kernel.md).
         TypeError: a dtype is not as described.
         RuntimeError: ``x`` is on a device for which the operator was not built.
     """

@@ -48,6 +48,8 @@ class EdgeExchange {
   }
 
   // Returns when the neighbours' edges are there. One thread of those that wait is the `leader`.
+  // The wait acquires for this block alone: the edges lie in its own memory, and a wider scope
+  // would empty the first-level cache each time.
   __device__ void receive(int index, bool leader) const {
 #if __CUDA_ARCH__ >= 900
     const SharedAddress barrier = barriers_ + 8 * (index & 1);

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <type_traits>
 
 #include "plan.h"
@@ -24,6 +25,9 @@ template <typename Kernel, typename... Arguments>
 cudaError_t launch_plan(Kernel kernel, const Plan& plan, cudaStream_t stream,
                         const Arguments&... arguments) {
   const int shared = static_cast<int>(plan.shared_bytes);
+  // The limit belongs to the kernel, which another thread may launch for another shape.
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
     return error;

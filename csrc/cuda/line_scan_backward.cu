@@ -106,11 +106,9 @@ cudaError_t launch_backward(const Problem& p, const BackwardTensors<T>& tensors,
   template cudaError_t launch_backward<T>(const Problem&, const BackwardTensors<T>&, const Plan&, \
                                           cudaStream_t);
 CGSPN_INSTANTIATE(__nv_bfloat16)
-#ifndef CGSPN_ONLY_BFLOAT16
 CGSPN_INSTANTIATE(float)
 CGSPN_INSTANTIATE(double)
 CGSPN_INSTANTIATE(__half)
-#endif
 #undef CGSPN_INSTANTIATE
 
 }  // namespace cgspn_seg

@@ -50,14 +50,18 @@ int aligned_channels(std::initializer_list<at::Tensor> tensors) {
 Plan plan_for(Pass pass, const Problem& p, std::initializer_list<at::Tensor> tensors,
               const at::Tensor& weight) {
   const at::Tensor& x = *tensors.begin();
+  for (const int64_t extent : {p.height, p.width, p.channels}) {
+    TORCH_CHECK_VALUE(extent <= kMaxExtent, "line_scan: x has shape ", x.sizes(),
+                      ", an axis of which is longer than the CUDA kernels can count, ", kMaxExtent);
+  }
   const auto attribute = [&](cudaDeviceAttr name) {
     int value = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, x.get_device()));
     return value;
   };
-  const Device device{attribute(cudaDevAttrMultiProcessorCount),
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                      attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
+  Device device{attribute(cudaDevAttrMultiProcessorCount),
+                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), false};
+  C10_CUDA_CHECK(kernels_have_clusters(&device.has_clusters));
   // Logits that several channels share are read one by one.
   const int aligned = p.group_size() > 1
                           ? aligned_channels(tensors)
@@ -65,9 +69,13 @@ Plan plan_for(Pass pass, const Problem& p, std::initializer_list<at::Tensor> ten
   const Layout layout{static_cast<int>(x.element_size()), x.scalar_type() == at::kDouble ? 8 : 4,
                       aligned};
   const std::optional<Plan> plan = make_plan(pass, p, layout, device);
-  TORCH_CHECK_VALUE(plan.has_value(), "line_scan: x has lines of ", std::max(p.height, p.width),
-                    " pixels, more than the CUDA kernel holds in shared memory; use the CPU, or a "
-                    "coarser grid");
+  int64_t longest = 0;
+  for (int64_t d = 0; d < p.num_directions; ++d)
+    longest = std::max(longest, Walk(p, d).num_positions);
+  TORCH_CHECK_VALUE(plan.has_value(), "line_scan: x has shape ", x.sizes(), " and lines of ",
+                    longest,
+                    " pixels, more than the shared memory of this GPU holds (or more images than a "
+                    "launch has blocks); use a coarser grid, or the CPU");
   return *plan;
 }
 

@@ -26,6 +26,10 @@ struct BackwardTensors {
   Pixels<Accumulator<T>> partial_sums;
 };
 
+// Whether the kernels that this GPU runs were compiled for sm_90 or later, and so with clusters: a
+// newer GPU may run those of an older one.
+cudaError_t kernels_have_clusters(bool* result);
+
 // Both enqueue their work on `stream` and return what the launches did. Instantiated for float,
 // double, __half and __nv_bfloat16.
 template <typename T>

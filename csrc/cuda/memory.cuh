@@ -145,8 +145,8 @@ __device__ void store_shared(SharedAddress target, const Stored<T, V>& stored) {
 }
 
 // Starts copying V channels to shared memory, and fetches the rest of their 128 bytes into the
-// second-level cache. At least four bytes move: two come with the aligned word they lie in, unless
-// they are the tensor's `last`, beyond which nothing may be read.
+// second-level cache. At least four bytes move: two come with the aligned word they lie in, which
+// is readable, but not the tensor's own where they are its `last`; checkers of memory object.
 template <int V, typename T>
 __device__ void copy_async(SharedAddress target, const T* source, const T* last) {
   if constexpr (sizeof(T) * V == 16) {

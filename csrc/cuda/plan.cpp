@@ -18,7 +18,7 @@ struct Tuning {
   int period_if_shared_and_few;
 };
 constexpr Tuning kWideForward = {16, 128, 640, false, 6, 1, 1, kLongPeriod};
-constexpr Tuning kNarrowForward = {8, 32, 192, false, 6, kLongPeriod, kManyTeams, kLongPeriod};
+constexpr Tuning kNarrowForward = {8, 32, 152, false, 6, kLongPeriod, kManyTeams, kLongPeriod};
 constexpr Tuning kWideBackward = {16, 128, 240, true, 5, 1, 1, 1};
 constexpr Tuning kNarrowBackward = {8, 32, 240, true, 5, 1, 1, 1};
 constexpr int kMinStrip = 16;  // positions: below that, edges are too large a part
@@ -69,28 +69,33 @@ class Planner {
     plan.lanes = largest_divisor(p_.channels / channels, t.slice_bytes / t.vector_bytes);
     plan.period = t.period, plan.teams = t.teams, plan.items_per_thread = 1;
     const int64_t items = longest_ * plan.lanes;
-    plan.strips = static_cast<int>(t.nearest ? std::max<int64_t>((items + t.items / 2) / t.items, 1)
-                                             : ceil_div(items, t.items));
-    const auto few_blocks = [&] { return blocks(plan) < enough_blocks(); };
-    while (few_blocks() && plan.strips < t.max_strips &&
+    const int64_t strips = t.nearest ? std::max<int64_t>((items + t.items / 2) / t.items, 1)
+                                     : ceil_div(items, t.items);
+    plan.strips = static_cast<int>(std::min<int64_t>(strips, kMaxStrips));
+    const int max_strips = device_.has_clusters ? t.max_strips : 1;
+    while (blocks(plan) < enough_blocks() && plan.strips < max_strips &&
            longest_ >= int64_t{kMinStrip} * (plan.strips + 1)) {
       ++plan.strips;
     }
-    if (has_shared_weights() && few_blocks()) plan.period = t.period_if_shared_and_few;
-    plan.strips = std::min(plan.strips, device_.has_clusters ? t.max_strips : 1);
+    plan.strips = std::min(plan.strips, max_strips);
+    if (has_shared_weights() && blocks(plan) < enough_blocks())
+      plan.period = t.period_if_shared_and_few;
+    if (const auto complete_plan = complete(plan)) return complete_plan;
+    plan.period = plan.teams = 1;
     return complete(plan);
   }
 
-  // The first plan that fits: fewer channels a block, more blocks a line, more positions a thread.
+  // The first plan that fits: more blocks a line, fewer channels a block, more positions a thread.
   std::optional<Plan> any() const {
     const int widest = 16 / layout_.element_bytes;
     const bool aligned = layout_.aligned_channels >= widest && p_.channels % widest == 0 &&
                          (!has_shared_weights() || p_.group_size() % widest == 0);
+    const int most_strips = device_.has_clusters ? kMaxStrips : 1;
     for (const int channels : {aligned ? widest : 1, 1}) {
       for (const int items : {1, kManyItems}) {
         if (items > 1 && channels > 1) continue;
-        for (int strips = 1; strips <= (device_.has_clusters ? kMaxStrips : 1); ++strips) {
-          for (int lanes = 8; lanes >= 1; lanes /= 2) {
+        for (int lanes = 8; lanes >= 1; lanes /= 2) {
+          for (int strips = 1; strips <= most_strips; ++strips) {
             Plan plan{channels};
             plan.lanes = largest_divisor(p_.channels / channels, lanes);
             plan.strips = strips, plan.items_per_thread = items, plan.period = plan.teams = 1;
@@ -122,7 +127,7 @@ class Planner {
     plan.blocks = blocks(plan);
     const int ring =
         item_bytes(pass_, layout_.element_bytes, plan.channels_per_thread, has_shared_weights());
-    const int lines = !forward || plan.period > 1 ? 4 : 2;
+    const int lines = forward ? state_lines(plan.period) : 4;
     plan.shared_bytes =
         threads * plan.items_per_thread * plan.teams * kStages * plan.period * ring +
         (columns + 2) * plan.lanes * plan.channels_per_thread * lines * layout_.accumulator_bytes +

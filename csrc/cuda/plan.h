@@ -45,8 +45,11 @@ struct Layout {
   int aligned_channels;  // so many channels of every tensor can be accessed at once
 };
 
+// No axis may be longer: lines, positions and channels are counted in 32 bits on the GPU.
+constexpr int64_t kMaxExtent = 1 << 30;
+
 // The way to scan `p`, which has no empty axis, or nothing where its lines are longer than the
-// shared memory allows.
+// shared memory allows, or its blocks more than a launch has.
 std::optional<Plan> make_plan(Pass pass, const Problem& p, const Layout& layout,
                               const Device& device);
 
@@ -60,6 +63,10 @@ CGSPN_INLINE constexpr int item_bytes(Pass pass, int element_bytes, int channels
   return (pass == Pass::kForward ? 2 : 4) * slot_bytes(element_bytes, channels) +
          3 * slot_bytes(element_bytes, shared_weights ? 1 : channels);
 }
+
+// Lines of state in shared memory: two that neighbouring strips complete in turn, and what a longer
+// period has in between.
+CGSPN_INLINE constexpr int state_lines(int period) { return period < 3 ? period + 1 : 4; }
 
 constexpr int kExchangeBytes = 16;  // shared memory of EdgeExchange
 

@@ -39,12 +39,12 @@ __global__ void __launch_bounds__(max_threads(Pass::kForward))
   const EdgeExchange exchange(rings.of_team(kTeams).memory,
                               tile.received_positions(kPeriod) * plan.lanes * State::kBytes);
   // Lines of state, with one more position on either side. Those that the neighbours complete with
-  // their edges alternate between two, the others, if there are any, between two more.
+  // their edges alternate between the first two.
   const SharedAddress lines = rings.of_team(kTeams).memory + kExchangeBytes;
   const int plane_bytes = (plan.columns + 2) * plan.lanes * State::kChunkBytes;
   const int line_bytes = plane_bytes * State::kPlanes;
   const int pixel_bytes = plan.lanes * State::kChunkBytes;
-  clear_shared(lines, (kPeriod > 1 ? 4 : 2) * line_bytes);
+  clear_shared(lines, state_lines(kPeriod) * line_bytes);
 
   const Stream<const T> x(t.x, p, tile, p.channels), gate(t.gate, p, tile, p.channels);
   const Stream<const T> weight(t.weight, p, tile, p.groups);

@@ -18,9 +18,7 @@ KERNELS = sorted(CSRC.glob("cuda/*.cu"))
 HOST_SIDE = sorted(CSRC.glob("cuda/*.cpp"))
 # The oldest generation that the kernels serve, and the one with paths of its own.
 ARCHITECTURES = ("sm_80", "sm_90")
-# Here go macros that have the sources leave out instantiations, should all take too long.
-DEFINES: tuple[str, ...] = ()
-FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "-Werror", "all-warnings", *DEFINES)
+FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "-Werror", "all-warnings")
 
 Compilation = tuple[Path, str]
 Compilations = dict[Compilation, "Future[subprocess.CompletedProcess]"]
