@@ -2,7 +2,7 @@
 
 VENV := $(or $(CGSPN_VENV),.venv)
 BIN := $(VENV)/bin
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/*/*.cpp)
 
 # The interpreter that runs the set-up, which then looks for one that can carry the environment.
 SETUP = python=$$(command -v python3 || command -v python3.12 || command -v python3.11) || { \

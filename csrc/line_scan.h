@@ -106,7 +106,7 @@ constexpr double kMinSum = 1e-7;
 template <typename T>
 constexpr T kMaxLogit = sizeof(T) > 4 ? T(200) : T(28);
 
-// exp(-logit) of the lower bound is about 1e12; a NaN passes.
+// A NaN passes.
 template <typename T>
 CGSPN_INLINE T clamp_logit(T logit) {
 #ifdef __CUDA_ARCH__

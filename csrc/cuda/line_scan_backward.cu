@@ -105,10 +105,7 @@ cudaError_t launch_backward(const Problem& p, const BackwardTensors<T>& tensors,
 #define CGSPN_INSTANTIATE(T)                                                                      \
   template cudaError_t launch_backward<T>(const Problem&, const BackwardTensors<T>&, const Plan&, \
                                           cudaStream_t);
-CGSPN_INSTANTIATE(__nv_bfloat16)
-CGSPN_INSTANTIATE(float)
-CGSPN_INSTANTIATE(double)
-CGSPN_INSTANTIATE(__half)
+CGSPN_FOR_EACH_TYPE(CGSPN_INSTANTIATE)
 #undef CGSPN_INSTANTIATE
 
 }  // namespace cgspn_seg

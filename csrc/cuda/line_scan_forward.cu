@@ -39,10 +39,7 @@ cudaError_t launch_forward(const Problem& p, const ForwardTensors<T>& tensors, c
 #define CGSPN_INSTANTIATE(T)                                                                    \
   template cudaError_t launch_forward<T>(const Problem&, const ForwardTensors<T>&, const Plan&, \
                                          cudaStream_t);
-CGSPN_INSTANTIATE(__nv_bfloat16)
-CGSPN_INSTANTIATE(float)
-CGSPN_INSTANTIATE(double)
-CGSPN_INSTANTIATE(__half)
+CGSPN_FOR_EACH_TYPE(CGSPN_INSTANTIATE)
 #undef CGSPN_INSTANTIATE
 
 }  // namespace cgspn_seg

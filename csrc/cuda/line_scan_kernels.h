@@ -39,4 +39,7 @@ template <typename T>
 cudaError_t launch_backward(const Problem& problem, const BackwardTensors<T>& tensors,
                             const Plan& plan, cudaStream_t stream);
 
+// The types of storage, for explicit instantiation.
+#define CGSPN_FOR_EACH_TYPE(X) X(float) X(double) X(__half) X(__nv_bfloat16)
+
 }  // namespace cgspn_seg

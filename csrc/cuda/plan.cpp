@@ -1,7 +1,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <initializer_list>
 
 namespace cgspn_seg {
 namespace {
@@ -15,12 +14,15 @@ struct Tuning {
   bool nearest;      // or about
   int max_strips;    // more clusters of this size fit the GPU than of the largest
   int period, teams;
-  int period_if_shared_and_few;
+  int few_shared_period;  // where weights are shared and blocks too few all the same
 };
-constexpr Tuning kWideForward = {16, 128, 640, false, 6, 1, 1, kLongPeriod};
-constexpr Tuning kNarrowForward = {8, 32, 152, false, 6, kLongPeriod, kManyTeams, kLongPeriod};
-constexpr Tuning kWideBackward = {16, 128, 240, true, 5, 1, 1, 1};
-constexpr Tuning kNarrowBackward = {8, 32, 240, true, 5, 1, 1, 1};
+// clang-format off
+//                                 vector slice items nearest strips period       teams       few
+constexpr Tuning kWideForward    = {  16,  128,  640,  false,     6, 1,           1,          kLongPeriod};
+constexpr Tuning kNarrowForward  = {   8,   32,  152,  false,     6, kLongPeriod, kManyTeams, kLongPeriod};
+constexpr Tuning kWideBackward   = {  16,  128,  240,   true,     5, 1,           1,          1};
+constexpr Tuning kNarrowBackward = {   8,   32,  240,   true,     5, 1,           1,          1};
+// clang-format on
 constexpr int kMinStrip = 16;  // positions: below that, edges are too large a part
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -78,8 +80,7 @@ class Planner {
       ++plan.strips;
     }
     plan.strips = std::min(plan.strips, max_strips);
-    if (has_shared_weights() && blocks(plan) < enough_blocks())
-      plan.period = t.period_if_shared_and_few;
+    if (has_shared_weights() && blocks(plan) < enough_blocks()) plan.period = t.few_shared_period;
     if (const auto complete_plan = complete(plan)) return complete_plan;
     plan.period = plan.teams = 1;
     return complete(plan);
@@ -137,9 +138,9 @@ class Planner {
     plan.reduced_channels = 1;
     if (has_shared_weights()) {
       plan.reduced_channels = plan.channels_per_thread;
-      for (int threads_added = 2; threads_added <= 32; threads_added *= 2) {
-        const int channels = threads_added * plan.channels_per_thread;
-        if (p_.group_size() % channels == 0 && plan.lanes % threads_added == 0)
+      for (int added = 2; added <= plan.lanes; added *= 2) {
+        const int channels = added * plan.channels_per_thread;
+        if (p_.group_size() % channels == 0 && plan.lanes % added == 0)
           plan.reduced_channels = channels;
       }
     }

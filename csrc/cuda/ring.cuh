@@ -54,7 +54,4 @@ struct Ring {
   }
 };
 
-// Waits until the next stage has arrived, if all but one were in flight.
-__device__ inline void wait_for_next_stage() { wait_for_copies<kStages - 2>(); }
-
 }  // namespace cgspn_seg

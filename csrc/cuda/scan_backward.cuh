@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(max_threads(Pass::kBackward))
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) fetch(last - s, s * ring.stage_bytes);
   if (is_split) exchange.start();
-  wait_for_next_stage();
+  // One stage fewer than in the forward pass: neighbours may still read the last one.
+  wait_for_copies<kStages - 2>();
   __syncthreads();
 
   Channels<A, V> from_same[kItems] = {};  // what the line scanned later gives to this position
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(max_threads(Pass::kBackward))
       next_grad_weight[k] -= grad_weight.line_stride;
     }
     receives = !starts;
-    wait_for_next_stage();
+    wait_for_copies<kStages - 2>();
     stage = ring.after(stage);
     __syncthreads();
     if (exchanges) exchange.receive(last - line, threadIdx.x == 0);

@@ -36,11 +36,11 @@ __global__ void __launch_bounds__(max_threads(Pass::kForward))
 
   const Ring rings(shared_memory(), plan.threads * kItems);
   const Ring ring = rings.of_team(team);
-  const EdgeExchange exchange(rings.of_team(kTeams).memory,
+  const EdgeExchange exchange(rings.of_team(kTeams - 1).end(),
                               tile.received_positions(kPeriod) * plan.lanes * State::kBytes);
   // Lines of state, with one more position on either side. Those that the neighbours complete with
   // their edges alternate between the first two.
-  const SharedAddress lines = rings.of_team(kTeams).memory + kExchangeBytes;
+  const SharedAddress lines = rings.of_team(kTeams - 1).end() + kExchangeBytes;
   const int plane_bytes = (plan.columns + 2) * plan.lanes * State::kChunkBytes;
   const int line_bytes = plane_bytes * State::kPlanes;
   const int pixel_bytes = plan.lanes * State::kChunkBytes;

@@ -12,16 +12,15 @@ namespace cgspn_seg {
 struct Tile {
   int64_t b, d;
   int first_channel;  // of the slice
-  int strip;
   Walk walk;
   int num_lines, num_positions, segment_length;
   int core_begin, core_end;  // the positions whose results the block writes
-  int begin, end;            // with those it needs from the neighbouring strips
+  int begin;                 // with those it needs from the strip before
   int strip_length;          // of all strips but the last
 
   __device__ Tile(const Problem& p, const Plan& plan, int halo) : walk(p, direction(p, plan)) {
     unsigned index = blockIdx.x;
-    strip = index % plan.strips;
+    const int strip = index % plan.strips;
     index /= plan.strips;
     const int slice_channels = plan.lanes * plan.channels_per_thread;
     const unsigned slices = static_cast<unsigned>(p.channels) / slice_channels;
@@ -36,7 +35,6 @@ struct Tile {
     core_begin = min(strip * strip_length, num_positions);  // strips may be left over, empty
     core_end = min(core_begin + strip_length, num_positions);
     begin = core_begin - halo;
-    end = core_end + halo;
   }
 
   __device__ bool has_left() const { return core_begin > 0 && core_begin < core_end; }
