@@ -3,7 +3,7 @@
 // more than the edges it needs. GPUs before sm_90 cannot; plans for them have one block a line.
 #pragma once
 
-#include "memory.cuh"
+#include "mbarrier.cuh"
 #include "plan.h"
 
 namespace cgspn_seg {
@@ -19,8 +19,7 @@ class EdgeExchange {
   __device__ void start() const {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 2; ++i)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers_ + 8 * i));
+      for (int i = 0; i < 2; ++i) init_mbarrier(barriers_ + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -58,16 +57,7 @@ class EdgeExchange {
                    "r"(bytes_)
                    : "memory");
     }
-    unsigned done = 0;
-    while (!done) {
-      asm volatile(
-          "{ .reg .pred p;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(barrier), "r"(index >> 1 & 1)
-          : "memory");
-    }
+    wait_for_mbarrier(barrier, index >> 1 & 1);
 #endif
   }
 

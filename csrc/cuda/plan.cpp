@@ -80,6 +80,8 @@ class Planner {
       ++plan.strips;
     }
     plan.strips = std::min(plan.strips, max_strips);
+    // Where every multiprocessor has several blocks, they hide each other's waits.
+    if (blocks(plan) > 2 * device_.multiprocessors) plan.period = plan.teams = 1;
     if (has_shared_weights() && blocks(plan) < enough_blocks()) plan.period = t.few_shared_period;
     if (const auto complete_plan = complete(plan)) return complete_plan;
     plan.period = plan.teams = 1;
@@ -132,7 +134,7 @@ class Planner {
     plan.shared_bytes =
         threads * plan.items_per_thread * plan.teams * kStages * plan.period * ring +
         (columns + 2) * plan.lanes * plan.channels_per_thread * lines * layout_.accumulator_bytes +
-        kExchangeBytes;
+        kExchangeBytes + (forward ? kTeamBarrierBytes : 0);
     if (plan.shared_bytes > device_.shared_bytes_per_block || plan.blocks > INT32_MAX)
       return std::nullopt;
     plan.reduced_channels = 1;

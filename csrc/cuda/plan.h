@@ -68,6 +68,8 @@ CGSPN_INLINE constexpr int item_bytes(Pass pass, int element_bytes, int channels
 // period has in between.
 CGSPN_INLINE constexpr int state_lines(int period) { return period < 3 ? period + 1 : 4; }
 
-constexpr int kExchangeBytes = 16;  // shared memory of EdgeExchange
+// Shared memory for barriers: of EdgeExchange, and of TeamBarrier.
+constexpr int kExchangeBytes = 16;
+constexpr int kTeamBarrierBytes = 8 * kManyTeams;
 
 }  // namespace cgspn_seg

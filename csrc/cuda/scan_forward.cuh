@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(max_threads(Pass::kForward))
   const Tile tile(p, plan, halo);
   const int team = kTeams > 1 ? threadIdx.x / plan.threads : 0;
   const int thread = kTeams > 1 ? threadIdx.x % plan.threads : threadIdx.x;
-  using Barrier = TeamBarrier<kTeams>;
 
   const Ring rings(shared_memory(), plan.threads * kItems);
   const Ring ring = rings.of_team(team);
@@ -40,7 +39,9 @@ __global__ void __launch_bounds__(max_threads(Pass::kForward))
                               tile.received_positions(kPeriod) * plan.lanes * State::kBytes);
   // Lines of state, with one more position on either side. Those that the neighbours complete with
   // their edges alternate between the first two.
-  const SharedAddress lines = rings.of_team(kTeams - 1).end() + kExchangeBytes;
+  const SharedAddress turns = rings.of_team(kTeams - 1).end() + kExchangeBytes;
+  const SharedAddress lines = turns + kTeamBarrierBytes;
+  TeamBarrier<kTeams> barrier(turns, team, plan.threads);
   const int plane_bytes = (plan.columns + 2) * plan.lanes * State::kChunkBytes;
   const int line_bytes = plane_bytes * State::kPlanes;
   const int pixel_bytes = plan.lanes * State::kChunkBytes;
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(max_threads(Pass::kForward))
     stage = ring.after(stage);
     const int index = first_line / kPeriod;
     if (index > 0) {
-      Barrier::take_over(team, plan.threads);
+      barrier.take_over();
       if (is_split) exchange.receive(index - 1, thread == 0);
     }
 
@@ -190,9 +191,9 @@ __global__ void __launch_bounds__(max_threads(Pass::kForward))
       }
       before = here;
       if (++line_in_segment == tile.segment_length) line_in_segment = 0;
-      if (i < kPeriod - 1) Barrier::sync(team, plan.threads);
+      if (i < kPeriod - 1) barrier.sync();
     }
-    if (first_line + kPeriod < tile.num_lines) Barrier::hand_over(team, plan.threads);
+    if (first_line + kPeriod < tile.num_lines) barrier.hand_over();
     if (kTeams > 1) line_in_segment = (line_in_segment + kTurn - kPeriod) % tile.segment_length;
 
     // Nobody waits for these stores.

@@ -1,36 +1,50 @@
 // Barriers of teams of threads that take turns. With one team, one barrier does for all.
 #pragma once
 
+#include "mbarrier.cuh"
+
 namespace cgspn_seg {
 
-// `threads`: of a team, whole warps.
 template <int kTeams>
-struct TeamBarrier {
-  // Among the threads of a team.
-  __device__ static void sync(int team, int threads) {
+class TeamBarrier {
+ public:
+  // `memory`: kTeamBarrierBytes of shared memory. `threads`: of a team, whole warps. A barrier of
+  // the block's threads comes before the first turn.
+  __device__ TeamBarrier(SharedAddress memory, int team, int threads)
+      : turns_(memory), team_(team), threads_(threads) {
+    if (kTeams > 1 && threadIdx.x == 0) {
+      for (int i = 0; i < kTeams; ++i) init_mbarrier(memory + 8 * i, threads);
+    }
+  }
+
+  // Among the threads of this team.
+  __device__ void sync() const {
     if constexpr (kTeams == 1) {
       __syncthreads();
     } else {
-      asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(1 + kTeams + team), "r"(threads)
-                   : "memory");
+      asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(1 + team_), "r"(threads_) : "memory");
     }
   }
   // The team before has handed over,
-  __device__ static void take_over(int team, int threads) {
+  __device__ void take_over() {
     if constexpr (kTeams == 1) {
       __syncthreads();
     } else {
-      asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(1 + team), "r"(2 * threads) : "memory");
+      wait_for_mbarrier(turns_ + 8 * team_, parity_);
+      parity_ ^= 1;
     }
   }
-  // and this one hands over to the next, without waiting.
-  __device__ static void hand_over(int team, int threads) {
-    if constexpr (kTeams > 1) {
-      const int next = team + 1 == kTeams ? 0 : team + 1;
-      asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(1 + next), "r"(2 * threads)
-                   : "memory");
-    }
+  // and this one hands over to the next, without waiting. Each thread arrives for itself: one for
+  // its whole warp would have to wait for it.
+  __device__ void hand_over() const {
+    if constexpr (kTeams > 1)
+      arrive_at_mbarrier(turns_ + 8 * (team_ + 1 == kTeams ? 0 : team_ + 1));
   }
+
+ private:
+  SharedAddress turns_;  // a barrier for each team, whose phases are its turns
+  int team_, threads_;
+  unsigned parity_ = 0;
 };
 
 }  // namespace cgspn_seg
