@@ -1,19 +1,25 @@
 #!/usr/bin/env python
-"""Times the project's parts against their references: python tools/benchmark.py op [options]."""
+"""Times the project's parts against their references: python tools/benchmark.py PART [options]."""
 
 import argparse
 import json
-import math
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from benchmark_op import DTYPES, PRESETS, Case, benchmark_op
+from benchmark_table import WIDTH, model_table, op_table
 from rich.console import Console
-from rich.table import Table
 
 from cgspn_seg.ops import DIRECTIONS
 
-WIDTH = 120  # of a table that goes to a file or a pipe, in characters
+SIZES = (224, 392, 518, 1036, 2058, 4116)  # multiples of 14
+BATCHES = (1, 8, 32)
+MIXERS = ("cgspn", "cgspn-lean", "attention")
+BACKENDS = ("flash", "cudnn", "efficient", "math")
+MODES = ("forward", "train")
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,6 +30,43 @@ def parse_args() -> argparse.Namespace:
         help="line_scan against line_scan_reference; on a GPU also against its memory's bandwidth, "
         "and against GSPN's own kernel",
     )
+    add_op_options(op)
+    block = parts.add_parser("block", help="one block of the encoder, with one mixer or another")
+    model = parts.add_parser(
+        "model",
+        help="the encoder, with one mixer or another; 'hybrid' attends in 3 of its layers, evenly "
+        "spaced, the last one included, and has cgspn in the others",
+    )
+    model.add_argument("--depth", type=positive_int, help="layers, instead of the architecture's")
+    add_model_options(block, MIXERS)
+    add_model_options(model, (*MIXERS, "hybrid"))
+    args = parser.parse_args()
+    chosen = parts.choices[args.part]
+    if args.device.type not in ("cpu", "cuda"):
+        chosen.error(f"--device: expected cpu or cuda, got {args.device}")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        chosen.error("--device: PyTorch sees no GPU")
+    for option in ("json", "plot"):
+        # Now rather than after an hour of measuring.
+        if (file := getattr(args, option, None)) and not file.absolute().parent.is_dir():
+            chosen.error(f"--{option}: the folder of {file} does not exist")
+    if args.part == "op":
+        own = ("shape", "groups", "directions", "dtype")
+        if args.preset and (given := [n for n in own if getattr(args, n) != op.get_default(n)]):
+            op.error(f"--preset: its cases say the {given[0]} themselves")
+    else:
+        complete_model_options(args, chosen)
+    return args
+
+
+def positive_int(text: str) -> int:
+    """An option's value, which argparse refuses unless it is an integer of at least 1."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def add_op_options(op: argparse.ArgumentParser) -> None:
     problem = op.add_argument_group("what is timed")
     problem.add_argument("--preset", choices=PRESETS, help="a list of cases, instead of one of:")
     problem.add_argument(
@@ -38,23 +81,128 @@ def parse_args() -> argparse.Namespace:
         "--device", type=torch.device, default="cpu", help="cpu (default), cuda or cuda:INDEX"
     )
     op.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: all)"
-    )
-    op.add_argument(
         "--seconds", type=float, default=3.0, help="how long each is measured on the CPU"
     )
-    op.add_argument("--runs", type=int, default=50, help="how many are measured on a GPU")
     op.add_argument("--no-reference", action="store_true", help="do not time line_scan_reference")
-    op.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
-    args = parser.parse_args()
-    if args.device.type not in ("cpu", "cuda"):
-        op.error(f"--device: expected cpu or cuda, got {args.device}")
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        op.error("--device: PyTorch sees no GPU")
-    own = ("shape", "groups", "directions", "dtype")
-    if args.preset and (given := [n for n in own if getattr(args, n) != op.get_default(n)]):
-        op.error(f"--preset: its cases say the {given[0]} themselves")
-    return args
+    add_shared_options(op)
+
+
+def add_model_options(parser: argparse.ArgumentParser, mixers: tuple[str, ...]) -> None:
+    what = parser.add_argument_group("what is timed")
+    what.add_argument(
+        "--mixers",
+        nargs="+",
+        default=mixers,
+        metavar="NAME[:KEY=VALUE,...]",
+        help=f"with options of the mixer and local_perception, such as cgspn:latent_dims=32 or "
+        f'\'cgspn:directions=("down","up")\' (default: {" ".join(mixers)})',
+    )
+    what.add_argument(
+        "--attention",
+        nargs="+",
+        choices=BACKENDS,
+        help="PyTorch's backends of attention (default: all; flash and math on the CPU)",
+    )
+    what.add_argument("--arch", default="so400m", help="sizes of the encoder (default: so400m)")
+    what.add_argument(
+        "--patch-size", type=positive_int, default=14, help="pixels (default: 14)", metavar="N"
+    )
+    what.add_argument(
+        "--sizes",
+        type=positive_int,
+        nargs="+",
+        default=SIZES,
+        metavar="N",
+        help=f"sides of the images, pixels (default: {' '.join(map(str, SIZES))})",
+    )
+    what.add_argument(
+        "--batches",
+        type=positive_int,
+        nargs="+",
+        default=BATCHES,
+        metavar="N",
+        help=f"images in a batch (default: {' '.join(map(str, BATCHES))})",
+    )
+    what.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=MODES,
+        help="forward, everything in the dtype, and a training step without the optimizer's, "
+        "under autocast (default: both)",
+    )
+    what.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU"
+    )
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:INDEX (default: a GPU where there is one)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="how long each is measured (default: 2)"
+    )
+    parser.add_argument(
+        "--plot", type=png_file, metavar="FILE.png", help="draw time against resolution"
+    )
+    add_shared_options(parser)
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=torch.get_num_threads(),
+        help="of the CPU (default: all)",
+    )
+    parser.add_argument(
+        "--runs", type=positive_int, default=50, help="how many are measured on a GPU"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="write the figures to a file as well"
+    )
+
+
+def png_file(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"expected a file that ends in .png, got {text}")
+    return Path(text)
+
+
+def complete_model_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Fills in what depends on the device, and turns names into a Setting and Contenders."""
+    # Here, since these import MMSegmentation, which takes seconds and which `op` can do without.
+    from benchmark_contenders import make_contenders
+    from benchmark_model import Setting
+
+    from cgspn_seg.models.arch import resolve_architecture
+
+    on_gpu = args.device.type == "cuda"
+    args.dtype = args.dtype or ("bf16" if on_gpu else "fp32")
+    args.attention = args.attention or (BACKENDS if on_gpu else ("flash", "math"))
+    if min(args.sizes) < args.patch_size:
+        parser.error(f"--sizes: {min(args.sizes)} is less than a patch, {args.patch_size}")
+    try:
+        arch = resolve_architecture(args.arch)
+    except ValueError as error:
+        parser.error(f"--arch: {error}")
+    if getattr(args, "depth", None):
+        arch = replace(arch, num_layers=args.depth)
+    try:
+        args.contenders = make_contenders(args.part, args.mixers, args.attention, arch)
+    except (TypeError, ValueError) as error:
+        parser.error(f"--mixers: {error}")
+    args.setting = Setting(
+        part=args.part,
+        arch=arch,
+        patch_size=args.patch_size,
+        dtype=DTYPES[args.dtype],
+        device=args.device,
+        runs=args.runs,
+        seconds=args.seconds,
+        threads=args.threads,
+    )
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -66,64 +214,9 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     return [Case(shape, args.dtype, tuple(args.directions), g) for g in groups]
 
 
-def three_digits(value: float) -> str:
-    """A positive number with three digits that count, or all those before its point."""
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
-
-
-def ratio(key: str) -> Callable[[dict], str]:
-    """Shows the ratio with this key, with a star where the other's time was not measured here."""
-    return lambda f: three_digits(f[f"{key}_ratio"]) + "×" + "*" * f.get(f"{key}_quoted", False)
-
-
-# Header, the figure without which a pass has a dash there, and how it is shown.
-COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
-    ("time", "ms", lambda f: three_digits(f["ms"])),
-    ("MB", "min_bytes", lambda f: three_digits(f["min_bytes"] * 1e-6)),
-    ("GB/s", "gb_per_s", lambda f: three_digits(f["gb_per_s"])),
-    ("of copy", "copy_share", lambda f: f"{f['copy_share']:.1%}"),
-    ("µs/line", "us_per_line", lambda f: three_digits(f["us_per_line"])),
-    ("reference", "reference_ms", lambda f: three_digits(f["reference_ms"])),
-    ("ratio", "reference_ratio", ratio("reference")),
-    ("GSPN", "original_ms", lambda f: three_digits(f["original_ms"])),
-    ("ratio", "original_ratio", ratio("original")),
-)
-
-
-def table_of(figures: dict) -> Table:
-    """What benchmark_op measured, a row for each case; columns that no case fills are left out."""
-    passes = [f for row in figures["rows"] for f in row["passes"].values()]
-    columns = [column for column in COLUMNS if any(column[1] in f for f in passes)]
-    title = f"line_scan, {figures['device']}; median milliseconds, "
-    if "copy_gb_per_s" in figures:
-        title += f"{figures['runs']} runs; a copy moves {figures['copy_gb_per_s']:.0f} GB/s"
-    else:
-        title += f"{figures['threads']} threads"
-    table = Table(title=title, show_lines=True)
-    table.add_column("B×H×W×C")
-    table.add_column()
-    for header, _, _ in columns:
-        table.add_column(header, justify="right")
-    for row in figures["rows"]:
-        names = row["directions"]
-        directions = "all four" if len(names) == len(DIRECTIONS) else " + ".join(names)
-        table.add_row(
-            "×".join(map(str, row["shape"]))
-            + f"\n{row['dtype']}, {directions}, G = {row['groups']}",
-            "\n".join(name.replace("_", " + ") for name in row["passes"]),
-            *(
-                "\n".join(show(f) if key in f else "–" for f in row["passes"].values())
-                for _, key, show in columns
-            ),
-        )
-    if any(f.get("original_quoted") for f in passes):
-        table.caption = "* against times measured on one H200, not in this run"
-    return table
-
-
-def main() -> None:
-    args = parse_args()
-    figures = benchmark_op(
+def run_op(args: argparse.Namespace) -> dict:
+    """Measures what the command line says about the operator."""
+    return benchmark_op(
         cases_of(args),
         args.device,
         threads=args.threads,
@@ -131,13 +224,55 @@ def main() -> None:
         runs=args.runs,
         reference=not args.no_reference,
     )
+
+
+def run_model(args: argparse.Namespace, write: Callable[[dict], None]) -> dict:
+    """Measures what the command line says about a block or the encoder, until Ctrl-C.
+
+    Args:
+        args: the command line.
+        write: is called after every row, so that a run that is ended leaves what it has.
+    """
+    from benchmark_model import benchmark_model
+
+    on_gpu = args.device.type == "cuda"
+    device = torch.cuda.get_device_name(args.device) if on_gpu else "CPU"
+    figures = dict(part=args.part, device=device, torch=torch.__version__)
+    figures |= dict(runs=args.runs) if on_gpu else dict(threads=args.threads)
+    figures |= dict(dtype=args.dtype, arch=args.arch, layers=args.setting.arch.num_layers)
+    figures |= dict(patch_size=args.patch_size, seconds=args.seconds, rows=[])
+    rows = benchmark_model(
+        args.setting,
+        args.contenders,
+        modes=args.modes,
+        sizes=args.sizes,
+        batches=args.batches,
+    )
+    with suppress(KeyboardInterrupt):
+        for figures["rows"] in rows:
+            write(figures)
+    return figures
+
+
+def main() -> None:
+    args = parse_args()
+
+    def write(figures: dict) -> None:
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+
+    figures = run_op(args) if args.part == "op" else run_model(args, write)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    console.print(table_of(figures))
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
+    console.print(op_table(figures) if args.part == "op" else model_table(figures))
+    write(figures)
+    if args.part != "op" and args.plot:
+        from benchmark_plot import draw_times
+
+        if not any("ms" in row for row in figures["rows"]):
+            raise SystemExit("--plot: nothing was measured")
+        args.plot.write_bytes(draw_times(figures))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def test_equals_the_equations(options, directions):
     d, latent = len(directions), 8
     groups = options.get("weight_groups", latent)
 
-    z = mixer.down(x)
+    latent_and_gate = mixer.in_proj(x)
+    z, gate = latent_and_gate[..., :latent], latent_and_gate[..., latent:]
     coefficients = mixer.coefficients(z)
     logits = coefficients[..., : 3 * d * groups].reshape(2, 5, 4, d, 3, groups)
     gates = coefficients[..., 3 * d * groups :].reshape(2, 5, 4, 2, d, latent)
@@ -36,7 +37,7 @@ def test_equals_the_equations(options, directions):
     )
     normed = F.layer_norm(h, (latent,), mixer.state_norm.weight, mixer.state_norm.bias)
     y = mixer.up((gates[..., 1, :, :] * normed).sum(3))
-    expected = mixer.out(y * F.silu(mixer.gate(x)))
+    expected = mixer.out(y * F.silu(gate))
     torch.testing.assert_close(mixer(x), expected)
 
 
@@ -48,9 +49,9 @@ def test_the_gates_start_open_and_the_logits_at_zero():
 
 def test_lean_is_the_low_rank_core_alone_and_takes_the_same_options():
     lean = CGSPNLeanMixer(ARCH, latent_dims=4, segment_length=1)
-    assert lean.down.out_features == 4 and lean.segment_length == 1
+    assert lean.in_proj.out_features == 4 and lean.segment_length == 1
     assert {name.split(".")[0] for name, _ in lean.named_parameters()} == {
-        "down",
+        "in_proj",
         "coefficients",
         "state_norm",
         "up",

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -158,3 +159,12 @@ def trained(workshop: Workshop) -> Workshop:
     """The workshop after 8 iterations of training."""
     workshop.run("train.py", workshop.config)
     return workshop
+
+
+@pytest.fixture
+def benchmark_tool(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The tool as a module; the modules beside it can be imported too."""
+    monkeypatch.syspath_prepend(str(repository / "tools"))
+    import benchmark
+
+    return benchmark

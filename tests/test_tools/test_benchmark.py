@@ -18,15 +18,6 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is vis
 
 
 @pytest.fixture
-def benchmark_tool(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The tool as a module; the modules beside it can be imported too."""
-    monkeypatch.syspath_prepend(str(repository / "tools"))
-    import benchmark
-
-    return benchmark
-
-
-@pytest.fixture
 def measured(repository: Path, tmp_path: Path):
     """Runs the tool's `op` with options; returns what it printed, and its figures."""
 
@@ -44,7 +35,7 @@ def printed(benchmark_tool: ModuleType, figures: dict) -> str:
     """The table as it goes to a file."""
     console = Console(width=benchmark_tool.WIDTH)
     with console.capture() as capture:
-        console.print(benchmark_tool.table_of(figures))
+        console.print(benchmark_tool.op_table(figures))
     return capture.get()
 
 

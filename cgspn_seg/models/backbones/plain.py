@@ -45,6 +45,8 @@ class CGSPN(BaseModule):
         out_norm: whether each output passes through a LayerNorm of its own.
         drop_path_rate: probability of dropping a branch in the last block; it grows linearly from 0
             in the first.
+        gelu: the MLPs' GELU: "tanh", SigLIP's approximation, which GPUs have in the epilogue of a
+            product; or "none", the exact one of ViT and DINO.
         with_cp: recompute blocks in the backward pass instead of keeping their activations.
         frozen_stages: -1 trains everything, 0 freezes the embedding, k also the first k blocks.
         init_cfg: MMEngine's initialization, for example ``dict(type='Pretrained',
@@ -66,6 +68,7 @@ class CGSPN(BaseModule):
         out_indices: Sequence[int] = (-1,),
         out_norm: bool = False,
         drop_path_rate: float = 0.0,
+        gelu: str = "tanh",
         with_cp: bool = False,
         frozen_stages: int = -1,
         init_cfg: Mapping | Sequence[Mapping] | None = None,
@@ -83,6 +86,8 @@ class CGSPN(BaseModule):
         require_positive_int("patch_size", patch_size)
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1); got {drop_path_rate}")
+        if gelu not in ("tanh", "none"):
+            raise ValueError(f"gelu must be 'tanh' or 'none'; got {gelu!r}")
         self.patch_size = patch_size
         self.with_cp = with_cp
         self.out_indices = _resolve_out_indices(out_indices, depth)
@@ -106,6 +111,7 @@ class CGSPN(BaseModule):
                 m,
                 m.local_perception if local_perception is None else local_perception,
                 drop_path,
+                gelu,
             )
             for m, drop_path in zip(mixers, drop_paths, strict=True)
         )

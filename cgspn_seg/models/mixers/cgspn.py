@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cgspn_seg.errors import require_positive_int
 from cgspn_seg.models.arch import Architecture
 from cgspn_seg.models.mixers.registry import MIXERS
 from cgspn_seg.ops import DIRECTIONS, direction_indices, line_scan
+from cgspn_seg.ops.fused import gated_projection, merge_directions
 
 
 @MIXERS.register_module(name="cgspn")
@@ -70,13 +70,13 @@ class CGSPNMixer(nn.Module):
         direction_indices(directions)  # an unknown name is an error now, not in the first step
         self.directions = tuple(directions)
         self.segment_length = segment_length
-        self.down = nn.Linear(dims, latent)
+        # P↓ and P_g are one product.
+        self.in_proj = nn.Linear(dims, latent + (dims if self.gated else 0))
         # One product for the logits ŵ, λ and u of all directions; the scan reads slices of it in
         # place.
         self.coefficients = nn.Linear(latent, sum(self._coefficient_widths(latent)))
-        self.state_norm = nn.LayerNorm(latent) if state_norm else nn.Identity()
+        self.state_norm = nn.LayerNorm(latent) if state_norm else None
         self.up = nn.Linear(latent, dims)
-        self.gate = nn.Linear(dims, dims) if self.gated else None
         self.out = nn.Linear(dims, dims) if self.gated else None
         with torch.no_grad():
             self.coefficients.bias.split(self._coefficient_widths(latent))[0].zero_()
@@ -88,9 +88,12 @@ class CGSPNMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        z = self.down(x)
-        d, latent = len(self.directions), z.shape[-1]
-        logits, input_gate, output_gate = self.coefficients(z).split(
+        d, latent = len(self.directions), self.coefficients.in_features
+        projected = self.in_proj(x)
+        z, gate = projected[..., :latent], projected[..., latent:]
+        # As a matrix: with more axes and gaps between rows, the bias would be a pass of its own.
+        coefficients = self.coefficients(z.flatten(0, 2)).unflatten(0, z.shape[:3])
+        logits, input_gate, output_gate = coefficients.split(
             self._coefficient_widths(latent), dim=-1
         )
         h = line_scan(
@@ -100,9 +103,16 @@ class CGSPNMixer(nn.Module):
             directions=self.directions,
             segment_length=self.segment_length,
         )
-        merged = (output_gate.unflatten(-1, (d, latent)) * self.state_norm(h)).sum(dim=3)
-        y = self.up(merged)
-        return y if self.gate is None else self.out(y * F.silu(self.gate(x)))
+        norm = self.state_norm
+        merged = merge_directions(
+            h,
+            output_gate.unflatten(-1, (d, latent)),
+            *((None, None) if norm is None else (norm.weight, norm.bias, norm.eps)),
+        )
+        up, out = self.up, self.out
+        if out is None:
+            return up(merged)
+        return gated_projection(merged, gate, up.weight, up.bias, out.weight, out.bias)
 
 
 @MIXERS.register_module(name="cgspn-lean")

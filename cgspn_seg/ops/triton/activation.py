@@ -1,0 +1,220 @@
+"""GELU after a bias, and the SiLU gate, with their products around them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cgspn_seg.ops.triton.common import compute_type, on_device_of, sigmoid
+
+TILE = dict(ROWS=4, BLOCK=256)
+HALF = torch.bfloat16, torch.float16
+
+MAX_INNER = 128
+"""Channels of a product that is one step of the tensor cores; with more, cuBLAS is better."""
+
+
+@triton.jit
+def _gelu(x, TANH: tl.constexpr):
+    """GELU and its derivative."""
+    if TANH:
+        s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # 2 sqrt(2 / pi)
+        slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
+        return x * s, s + x * s * (1 - s) * slope
+    cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def _tile(rows, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows and channels of this program, and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row, channel, (row < rows) & (channel < channels)
+
+
+@triton.jit
+def _bias_gelu_kernel(
+    x, bias, y, rows, channels,
+    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    row, channel, inside = _tile(rows, channels, ROWS, BLOCK)
+    at = row * channels + channel
+    value = tl.load(x + at, inside, other=0).to(COMPUTE)
+    value += tl.load(bias + channel, channel < channels, other=0).to(COMPUTE)
+    result, _ = _gelu(value, TANH)
+    tl.store(y + at, result, inside)
+
+
+@triton.jit
+def _bias_gelu_backward_kernel(
+    x, bias, grad, y, grad_x, rows, channels,
+    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """y too, once more, for the gradient of what multiplies it."""
+    row, channel, inside = _tile(rows, channels, ROWS, BLOCK)
+    at = row * channels + channel
+    value = tl.load(x + at, inside, other=0).to(COMPUTE)
+    value += tl.load(bias + channel, channel < channels, other=0).to(COMPUTE)
+    result, slope = _gelu(value, TANH)
+    g = tl.load(grad + at, inside, other=0).to(COMPUTE)
+    tl.store(y + at, result, inside)
+    tl.store(grad_x + at, g * slope, inside)
+
+
+@triton.jit
+def _gate_kernel(
+    x, gate, gate_stride, y, rows, channels,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    row, channel, inside = _tile(rows, channels, ROWS, BLOCK)
+    at = row * channels + channel
+    g = tl.load(gate + row * gate_stride + channel, inside, other=0).to(COMPUTE)
+    value = tl.load(x + at, inside, other=0).to(COMPUTE)
+    tl.store(y + at, value * g * sigmoid(g), inside)
+
+
+@triton.jit
+def _project_and_gate_kernel(
+    x, weight, bias, gate, gate_stride, y, rows, inner, channels,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """y = (x weight^T + bias) SiLU(gate), where x is so narrow that the product is one step."""
+    blocks = tl.cdiv(channels, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    k = tl.arange(0, INNER)
+    inside = (row < rows) & (channel < channels)
+    g = tl.load(gate + row * gate_stride + channel, inside, other=0).to(tl.float32)
+    a = tl.load(x + row * inner + k[None, :], (row < rows) & (k < inner)[None, :], other=0)
+    b = tl.load(
+        weight + channel * inner + k[:, None], (channel < channels) & (k < inner)[:, None], other=0
+    )
+    value = tl.dot(a, b) + tl.load(bias + channel, channel < channels, other=0).to(tl.float32)
+    tl.store(y + row * channels + channel, value * g * sigmoid(g), inside)
+
+
+@triton.jit
+def _gate_backward_kernel(
+    x, gate, gate_stride, grad, y, grad_x, grad_gate, rows, channels,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    row, channel, inside = _tile(rows, channels, ROWS, BLOCK)
+    at = row * channels + channel
+    g = tl.load(gate + row * gate_stride + channel, inside, other=0).to(COMPUTE)
+    value = tl.load(x + at, inside, other=0).to(COMPUTE)
+    d = tl.load(grad + at, inside, other=0).to(COMPUTE)
+    s = sigmoid(g)
+    tl.store(y + at, value * g * s, inside)
+    tl.store(grad_x + at, d * g * s, inside)
+    tl.store(grad_gate + at, d * value * s * (1 + g * (1 - s)), inside)
+
+
+def _launch(kernel: triton.JITFunction, x: Tensor, *others: Tensor | int, **options: bool) -> None:
+    """Runs an elementwise kernel over x, dense (N, C)."""
+    rows, channels = x.shape
+    grid = (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(channels, TILE["BLOCK"]))
+    with on_device_of(x):
+        kernel[grid](x, *others, rows, channels, COMPUTE=compute_type(x), **TILE, **options)
+
+
+def project_and_gate(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+    """(x weight^T + bias) SiLU(gate), of dense (N, C_c) and of (N, C) with rows at any distance."""
+    rows, inner = x.shape
+    channels = weight.shape[0]
+    if x.dtype not in HALF or inner > MAX_INNER:
+        y = torch.addmm(bias, x, weight.t())
+        _launch(_gate_kernel, y, gate, gate.stride(0), y)
+        return y
+    y = x.new_empty(rows, channels)
+    cut = dict(ROWS=64, BLOCK=64, INNER=max(16, triton.next_power_of_2(inner)))
+    grid = (triton.cdiv(rows, cut["ROWS"]) * triton.cdiv(channels, cut["BLOCK"]),)
+    with on_device_of(x):
+        _project_and_gate_kernel[grid](
+            x, weight.contiguous(), bias, gate, gate.stride(0), y, rows, inner, channels, **cut
+        )
+    return y
+
+
+def gelu_projection(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    """GELU(x weight^T + bias), of which nothing but the result is wanted."""
+    if tanh and x.is_cuda and x.dtype in HALF:
+        # cuBLAS has this GELU in the product's epilogue.
+        return torch._addmm_activation(bias.to(x.dtype), x, weight.t(), use_gelu=True)
+    hidden = x @ weight.t()
+    _launch(_bias_gelu_kernel, hidden, bias, hidden, TANH=tanh)
+    return hidden
+
+
+class MLP(torch.autograd.Function):
+    """Saves the input and what GELU takes, before its bias."""
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, tanh, dtype):
+        x = x.to(dtype)
+        hidden = x @ weight1.to(dtype).t()
+        ctx.save_for_backward(x, hidden, weight1, bias1, weight2)
+        ctx.tanh = tanh
+        activated = torch.empty_like(hidden)
+        _launch(_bias_gelu_kernel, hidden, bias1, activated, TANH=tanh)
+        return torch.addmm(bias2.to(dtype), activated, weight2.to(dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, hidden, weight1, bias1, weight2 = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_hidden = grad @ weight2.to(grad.dtype)
+        activated = torch.empty_like(hidden)
+        _launch(
+            _bias_gelu_backward_kernel, hidden, bias1, grad_hidden, activated, grad_hidden,
+            TANH=ctx.tanh,
+        )  # fmt: skip
+        wanted = ctx.needs_input_grad
+        grad_weight2 = (grad.t() @ activated).to(weight2.dtype) if wanted[3] else None
+        del activated
+        return (
+            grad_hidden @ weight1.to(grad.dtype),
+            (grad_hidden.t() @ x).to(weight1.dtype) if wanted[1] else None,
+            grad_hidden.sum(0, dtype=bias1.dtype),
+            grad_weight2,
+            grad.sum(0, dtype=bias1.dtype),
+            None,
+            None,
+        )
+
+
+class GatedProjection(torch.autograd.Function):
+    """Saves the narrow input and the gate; the product of the two is computed again."""
+
+    @staticmethod
+    def forward(ctx, x, gate, weight1, bias1, weight2, bias2, dtype):
+        x, gate = x.to(dtype), gate.to(dtype)
+        ctx.save_for_backward(x, gate, weight1, bias1, weight2)
+        gated = project_and_gate(x, weight1.to(dtype), bias1.to(dtype), gate)
+        return torch.addmm(bias2.to(dtype), gated, weight2.to(dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, gate, weight1, bias1, weight2 = ctx.saved_tensors
+        dtype = grad.dtype
+        grad = grad.contiguous()
+        grad_wide = grad @ weight2.to(dtype)
+        wide = torch.addmm(bias1.to(dtype), x, weight1.to(dtype).t())
+        grad_gate, gated = torch.empty_like(grad_wide), torch.empty_like(wide)
+        _launch(
+            _gate_backward_kernel, wide, gate, gate.stride(0), grad_wide, gated, grad_wide,
+            grad_gate,
+        )  # fmt: skip
+        wanted = ctx.needs_input_grad
+        return (
+            grad_wide @ weight1.to(dtype),
+            grad_gate,
+            (grad_wide.t() @ x).to(weight1.dtype) if wanted[2] else None,
+            grad_wide.sum(0, dtype=bias1.dtype),
+            (grad.t() @ gated).to(weight2.dtype) if wanted[4] else None,
+            grad.sum(0, dtype=bias1.dtype),
+            None,
+        )
