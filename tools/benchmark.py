@@ -94,8 +94,9 @@ def add_model_options(parser: argparse.ArgumentParser, mixers: tuple[str, ...]) 
         nargs="+",
         default=mixers,
         metavar="NAME[:KEY=VALUE,...]",
-        help=f"with options of the mixer and local_perception, such as cgspn:latent_dims=32 or "
-        f'\'cgspn:directions=("down","up")\' (default: {" ".join(mixers)})',
+        help="with options of the mixer, local_perception, or eager=True (no fused kernels), such "
+        'as cgspn:latent_dims=32 or \'cgspn:directions=("down","up")\' '
+        f"(default: {' '.join(mixers)})",
     )
     what.add_argument(
         "--attention",

@@ -47,6 +47,11 @@ class Contender:
         return self.spec.partition(":")[0]
 
     @property
+    def eager(self) -> bool:
+        """Whether it runs without fused kernels, as the option `eager=True` says."""
+        return bool(parse_spec(self.spec)[1].get("eager", False))
+
+    @property
     def label(self) -> str:
         """Its name in tables; the hybrid's does not change with the backend it gets."""
         return f"{self.spec} ({self.backend})" if self.mixer == "attention" else self.spec
@@ -133,7 +138,7 @@ def build_contender(
         size: side of the images in pixels, for the grid of a positional embedding.
     """
     name, options = parse_spec(contender.spec)
-    mixer_options = {k: v for k, v in options.items() if k != "local_perception"}
+    mixer_options = {k: v for k, v in options.items() if k not in ("local_perception", "eager")}
     places = options.get("local_perception")
     places = (places,) if isinstance(places, str) else places
     if part == "block":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from cgspn_seg.models import Architecture
+from cgspn_seg.ops.fused import fused_kernels
 
 MIN_RUNS = 3
 LONG_MS = 1000
@@ -165,8 +166,9 @@ def make_row(setting: Setting, contender: Contender, mode: str, size: int, batch
     row |= count(setting, replace(contender, backend=None), mode, size)
     on_gpu = setting.device.type == "cuda"
     backend = sdpa_kernel(ATTENTION[contender.backend]) if contender.backend else nullcontext()
+    device = torch.cuda.device(setting.device) if on_gpu else nullcontext()
     try:
-        with backend, torch.cuda.device(setting.device) if on_gpu else nullcontext():
+        with backend, device, fused_kernels(not contender.eager):
             row |= measure(setting, contender, mode, size, batch)
         row["images_per_s"] = batch / row["ms"] * 1e3
     except RuntimeError as error:

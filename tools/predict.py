@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cgspn_seg.engine import launch
 from cgspn_seg.engine.cli import is_debugging
 from cgspn_seg.engine.inference import Predictor
+from cgspn_seg.engine.memory import PeakMemory
 from cgspn_seg.errors import closest
 from cgspn_seg.visualization import overlay_with_legend
 from cgspn_seg.visualization.files import write_png
@@ -145,6 +147,8 @@ def main() -> int:
     out_dir = Path(args.out_dir)
 
     failed: list[Path] = []
+    seconds: list[float] = []
+    memory = PeakMemory(predictor.device)
     console = Console(stderr=True)
 
     def skip(image: Path, reason: str) -> None:
@@ -159,6 +163,7 @@ def main() -> int:
             if image is None:
                 skip(job.image, "not readable as an image")
                 continue
+            start = time.perf_counter()
             try:
                 labels = predictor(job.image)
             except (ValueError, RuntimeError) as error:  # such as a size that the model refuses
@@ -166,6 +171,7 @@ def main() -> int:
                     raise
                 skip(job.image, next(iter(str(error).splitlines()), type(error).__name__))
                 continue
+            seconds.append(time.perf_counter() - start)
             write_png(out_dir / "labels" / f"{job.name}.png", labels.astype(np.uint8))
             drawn = np.where(np.isin(labels, shown), labels, -1)
             overlay = overlay_with_legend(
@@ -173,6 +179,8 @@ def main() -> int:
             )
             write_png(out_dir / "overlays" / f"{job.name}.png", overlay)
     print(f"Wrote {len(jobs) - len(failed)} label maps and overlays to {out_dir}")
+    if seconds:
+        print(f"Predicted in {sum(seconds) / len(seconds):.2f} s per image, {memory}")
     if failed:
         sys.stderr.write(
             f"{len(failed)} of {len(jobs)} images could not be segmented (named above)\n"

@@ -3,7 +3,7 @@
 from cgspn_seg import compat  # noqa: F401  (before mmseg)
 
 # isort: split
-from cgspn_seg.engine.hooks import CheckDataHook
+from cgspn_seg.engine.hooks import CheckDataHook, PeakMemoryHook
 from cgspn_seg.engine.optimizers import LayerDecayOptimWrapperConstructor
 
-__all__ = ["CheckDataHook", "LayerDecayOptimWrapperConstructor"]
+__all__ = ["CheckDataHook", "LayerDecayOptimWrapperConstructor", "PeakMemoryHook"]

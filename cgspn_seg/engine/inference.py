@@ -31,6 +31,7 @@ class Predictor:
         device: Such as `cpu` or `cuda:1`. Default: a GPU where there is one.
 
     Attributes:
+        device: Where the model is.
         classes: Names of the classes; from the checkpoint, else from the config's data set, else
             numbered.
         palette: RGB uint8 colors of shape (num_classes, 3), from the same place.
@@ -48,6 +49,7 @@ class Predictor:
         fit = load_weights(self.model, state_dict_of(content))
         require_complete(fit, checkpoint, meta.get("experiment_name"), for_prediction=True)
         self.model.to(device)
+        self.device = torch.device(device)
         self.num_classes: int = self.model.num_classes
         self.classes, self.palette = _classes_and_palette(cfg, meta, self.num_classes)
         # Images to predict have no labels.

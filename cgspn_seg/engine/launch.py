@@ -22,6 +22,7 @@ from mmseg.registry import RUNNERS
 from cgspn_seg import datasets, models  # noqa: F401  (their parts, for configs without them)
 from cgspn_seg.checkpoints import CheckpointCheckHook, RunComplete, protect_checkpoint_loading
 from cgspn_seg.engine.cli import INTERRUPTED, is_interruption, message_of, run
+from cgspn_seg.engine.hooks import PeakMemoryHook
 from cgspn_seg.engine.options import CHANNELS_LAST, OWN_KEYS, UPSTREAM_KEYS, Options, merge_options
 
 __all__ = [
@@ -271,7 +272,7 @@ def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
         cfg: A config from :func:`load_config`. Beyond MMEngine's keys, `channels_last=True` stores
             4-d weights in the channels-last memory format, which is faster on GPUs.
         for_prediction: Whether the runner only tests, so that a checkpoint need not hold what only
-            training uses.
+            training uses, and the peak memory is shown.
 
     Raises:
         ValueError: If a `runner_type` of the config's own is combined with `channels_last`.
@@ -286,6 +287,8 @@ def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
     else:
         runner = _Runner.from_cfg(cfg)
     runner.register_hook(CheckpointCheckHook(for_prediction))
+    if for_prediction:
+        runner.register_hook(PeakMemoryHook())
     return runner
 
 

@@ -157,14 +157,17 @@ def test_a_hybrid_attends_in_three_layers(benchmark_tool, num_layers, layers):
 
 
 def test_options_reach_the_mixer_and_the_block(parsed):
-    spec = 'cgspn:directions=("down","up"),latent_dims=16,state_norm=False,local_perception=mlp'
+    spec = (
+        'cgspn:directions=("down","up"),latent_dims=16,state_norm=False,'
+        "local_perception=mlp,eager=True"
+    )
     args = parsed("block", "--mixers", spec)
     (contender,) = args.contenders
     block = args.setting.build(contender, "forward", 28)
-    assert block.mixer.directions == ("down", "up") and block.mixer.down.out_features == 16
-    assert isinstance(block.mixer.state_norm, nn.Identity)
-    assert isinstance(block.mixer_lpu, nn.Identity) and not isinstance(block.mlp_lpu, nn.Identity)
-    assert contender.label == spec
+    assert block.mixer.directions == ("down", "up") and block.mixer.up.in_features == 16
+    assert block.mixer.state_norm is None
+    assert block.mixer_lpu is None and block.mlp_lpu is not None
+    assert contender.label == spec and contender.eager
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """tools/predict.py: what it writes for which images."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -99,6 +100,20 @@ class TestRuns:
             shown, floor = overlay[::8, :384:8], np.asarray(labels) == 0
             assert (shown[floor] == original[floor]).all()
             assert (shown[~floor] != original[~floor]).any(-1).all()
+
+    def test_a_2k_image_is_predicted_in_one_pass_and_its_memory_shown(self, trained, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (1536, 2048, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "large.png")
+        said = trained.run(
+            "predict.py", trained.config, trained.checkpoint, tmp_path / "large.png", "--out-dir",
+            tmp_path / "out", "--device", "cpu",
+        )  # fmt: skip
+        labels = Image.open(tmp_path / "out" / "labels" / "large.png")
+        assert labels.size == (2048, 1536)
+        found = re.search(
+            r"Predicted in \d+\.\d\d s per image, peak memory of the process ([\d.]+) GiB\n", said
+        )
+        assert found and 0.1 < float(found[1]) < 16, said[-500:]
 
     def test_an_unreadable_image_is_named_and_the_others_go_on(self, trained, tmp_path):
         (tmp_path / "broken.jpg").write_text("no image")

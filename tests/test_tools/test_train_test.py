@@ -108,6 +108,7 @@ def test_the_score_is_that_of_training_from_any_folder(trained: Workshop, tmp_pa
     )  # fmt: skip
     (log,) = trained.work_dir.glob("*/*.log")
     assert miou(said) == miou(log.read_text())
+    assert re.search(r"Peak memory of the (GPU|process) \d+\.\d\d GiB", said)
     label = np.asarray(Image.open(tmp_path / "out" / "2.png"))
     assert label.shape == (40, 48) and set(np.unique(label)) <= {0, 1, 2}
     assert len(list((tmp_path / "shown").rglob("*.png"))) == 3
