@@ -4,6 +4,10 @@ Every function here is a few lines of PyTorch, and on a GPU with Triton a kernel
 same, with its derivative: it reads each input once, writes each output once, and keeps less for the
 backward pass, which computes cheap things again. The environment variable
 CGSPN_FUSED_KERNELS=0, or :func:`fused_kernels`, switches the kernels off.
+
+Layers come as PyTorch's own modules. One that is not quite that any more (a subclass, an adapter,
+a quantized layer, a module with hooks) is called as it is, without the kernel. The kernels are
+differentiable once, and PyTorch's counter of FLOPs does not see the products inside them.
 """
 
 import os
@@ -13,15 +17,22 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _enabled = os.environ.get("CGSPN_FUSED_KERNELS", "1") != "0"
 
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+PLAIN_MODULES = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.GELU)
+
 
 @contextmanager
 def fused_kernels(enabled: bool) -> Iterator[None]:
-    """Within, the functions of this module use their kernels where they can, or never."""
+    """Within, the functions of this module use their kernels where they can, or never.
+
+    It holds for all threads. Activation checkpoints look again when they recompute, so that
+    backward passes belong inside as well.
+    """
     global _enabled
     before, _enabled = _enabled, enabled
     try:
@@ -36,14 +47,38 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def uses_kernels(x: Tensor) -> bool:
-    """Whether the functions of this module take their kernels for a tensor.
+def uses_kernels(x: Tensor, *modules: nn.Module | None) -> bool:
+    """Whether the functions of this module take their kernels for a tensor and these layers.
 
-    Under torch.compile they do not: it fuses by itself what it sees.
+    Not under torch.compile, which fuses by itself what it sees, nor for tensors that only stand for
+    others, as in tracing, nor for layers that are more than their parameters.
     """
     if torch.compiler.is_compiling():
         return False
-    return _enabled and x.is_cuda and x.numel() > 0 and has_triton()
+    return (
+        _enabled
+        and can_run_kernels(x)
+        and type(x) in PLAIN_TENSORS
+        and all(module is None or is_plain(module) for module in modules)
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def can_run_kernels(x: Tensor) -> bool:
+    """Whether there is something to compute, where Triton's kernels run."""
+    return x.is_cuda and x.numel() > 0 and has_triton()
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is nothing but what its parameters say."""
+    return (
+        type(module) in PLAIN_MODULES
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -53,176 +88,161 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def residual(x: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
+    """x + y, each image of y times its scale, as stochastic depth has it; None for 1."""
+    return x + (y if scale is None else y * scale.view(-1, 1, 1, 1))
+
+
 def add_norm(
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-6,
-    scale: Tensor | None = None,
+    x: Tensor, y: Tensor | None, norm: nn.LayerNorm, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A residual and the LayerNorm of the next branch: (x + scale y, LayerNorm(x + scale y)).
+    """A residual and the LayerNorm of the next branch: (x + scale y, norm(x + scale y)).
 
     Args:
         x: (B, H, W, C), the residual stream.
-        y: (B, H, W, C), what a branch adds, of x's dtype or autocast's; None for nothing.
-        weight: (C,), the norm's.
-        bias: (C,), the norm's.
-        eps: added to the variance.
-        scale: (B,), a factor for each image, as stochastic depth has it; None for 1.
+        y: what a branch adds, of a shape that expands to x's; None for nothing.
+        norm: over C.
+        scale: (B,), as for :func:`residual`; no gradient flows into it.
 
     Returns:
         The sum, in the dtype of x, and its norm, in that of matrix products.
     """
-    if uses_kernels(x):
+    if uses_kernels(x, norm):
         from cgspn_seg.ops.triton.norm import AddNorm
 
-        y = None if y is None else y.contiguous()
-        return AddNorm.apply(x.contiguous(), y, scale, weight, bias, eps, product_dtype(x))
+        return AddNorm.apply(
+            x.contiguous(),
+            None if y is None else y.expand_as(x).contiguous(),
+            None if scale is None else scale.contiguous(),
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            product_dtype(x),
+        )
     if y is not None:
-        x = x + (y if scale is None else y * scale.view(-1, 1, 1, 1))
-    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+        x = residual(x, y, scale)
+    return x, norm(x)
 
 
-def perceive_norm(
-    x: Tensor, conv_weight: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def perceive_norm(x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """A local perception unit (GSPN-2) and the LayerNorm after it.
 
     Args:
         x: (B, H, W, C), the residual stream.
-        conv_weight: (C, 1, 3, 3), depthwise.
-        conv_bias: (C,).
-        weight: (C,), the norm's.
-        bias: (C,), the norm's.
-        eps: added to the variance.
+        conv: depthwise, 3x3, with a bias.
+        norm: over C.
 
     Returns:
         x + conv(x) in the dtype of x, and its norm, in that of matrix products.
     """
-    if uses_kernels(x):
+    if uses_kernels(x, conv, norm):
         from cgspn_seg.ops.triton.local_perception import PerceiveNorm
 
-        return PerceiveNorm.apply(
-            x.contiguous(), conv_weight, conv_bias, weight, bias, eps, product_dtype(x)
-        )
+        parameters = conv.weight, conv.bias, norm.weight, norm.bias
+        return PerceiveNorm.apply(x.contiguous(), *parameters, norm.eps, product_dtype(x))
     # The permuted view is what PyTorch calls channels_last: no copy on the way in or out.
-    y = F.conv2d(x.permute(0, 3, 1, 2), conv_weight, conv_bias, padding=1, groups=x.shape[-1])
-    x = x + y.permute(0, 2, 3, 1)
-    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+    x = x + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return x, norm(x)
 
 
-def merge_directions(
-    h: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
-) -> Tensor:
-    """Σ_d gate_d ⊙ LayerNorm(h_d), the output gate and merge of C-GSPN's scans.
+def merge_directions(h: Tensor, gate: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+    """Σ_d gate_d ⊙ norm(h_d), the output gate and merge of C-GSPN's scans.
 
     Args:
         h: (B, H, W, D, C), states of D directions.
         gate: (B, H, W, D, C), u; may be a slice of a joint projection.
-        weight: (C,), the norm's; None for no norm.
-        bias: (C,), likewise.
-        eps: added to the variance.
+        norm: over C; None for no norm.
 
     Returns:
         (B, H, W, C).
     """
-    if uses_kernels(h):
+    if uses_kernels(h, norm):
         from cgspn_seg.ops.triton.merge import MergeDirections
 
-        return MergeDirections.apply(h.contiguous(), _with_dense_tokens(gate), weight, bias, eps)
-    if weight is not None:
-        h = F.layer_norm(h, weight.shape, weight, bias, eps)
-    return (gate * h).sum(dim=3)
+        parameters = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+        merged = MergeDirections.apply(h.flatten(0, 2).contiguous(), _rows(gate), *parameters)
+        return merged.view(*h.shape[:3], -1)
+    return (gate * (h if norm is None else norm(h))).sum(dim=3)
 
 
-def gated_projection(
-    x: Tensor, gate: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> Tensor:
-    """P2 (P1 x ⊙ SiLU(gate)) of (B, H, W, C_c) and (B, H, W, C), with biases.
+def gated_projection(x: Tensor, gate: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
+    """second(first(x) ⊙ SiLU(gate)).
 
     Args:
         x: (B, H, W, C_c).
         gate: (B, H, W, C); may be a slice of a joint projection.
-        weight1: (C, C_c).
-        bias1: (C,).
-        weight2: (C, C).
-        bias2: (C,).
+        first: from C_c to C, with a bias.
+        second: from C to C, with a bias.
 
     Returns:
         (B, H, W, C).
     """
-    if uses_kernels(x):
+    if uses_kernels(x, first, second):
         from cgspn_seg.ops.triton.activation import GatedProjection
 
-        rows = _with_dense_tokens(gate).flatten(0, -2)
+        parameters = first.weight, first.bias, second.weight, second.bias
         y = GatedProjection.apply(
-            x.flatten(0, -2), rows, weight1, bias1, weight2, bias2, product_dtype(x)
+            x.flatten(0, 2).contiguous(), _rows(gate), *parameters, product_dtype(x)
         )
-        return y.view(gate.shape)
-    return F.linear(F.linear(x, weight1, bias1) * F.silu(gate), weight2, bias2)
+        return y.view(*x.shape[:3], -1)
+    return second(first(x) * F.silu(gate))
 
 
-def mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, approximate: str
-) -> Tensor:
-    """P2 GELU(P1 x), with biases.
-
-    Args:
-        x: (B, H, W, C).
-        weight1: (hidden, C).
-        bias1: (hidden,).
-        weight2: (C, hidden).
-        bias2: (C,).
-        approximate: "none" or "tanh", as PyTorch's GELU has it.
-
-    Returns:
-        (B, H, W, C).
-    """
-    if uses_kernels(x):
+def mlp(x: Tensor, first: nn.Linear, gelu: nn.GELU, second: nn.Linear) -> Tensor:
+    """second(gelu(first(x))) of (B, H, W, C); both products have a bias."""
+    if uses_kernels(x, first, gelu, second):
         from cgspn_seg.ops.triton.activation import MLP
 
-        options = approximate == "tanh", product_dtype(x)
-        return MLP.apply(x.flatten(0, -2), weight1, bias1, weight2, bias2, *options).view(x.shape)
-    hidden = F.gelu(F.linear(x, weight1, bias1), approximate=approximate)
-    return F.linear(hidden, weight2, bias2)
+        parameters = first.weight, first.bias, second.weight, second.bias
+        options = gelu.approximate == "tanh", product_dtype(x)
+        y = MLP.apply(x.flatten(0, 2).contiguous(), *parameters, *options)
+        return y.view(*x.shape[:3], -1)
+    return second(gelu(first(x)))
 
 
 def add_norm_mlp(
     x: Tensor,
     y: Tensor,
-    norm: tuple[Tensor, Tensor, float],
-    products: tuple[Tensor, Tensor, Tensor, Tensor],
-    approximate: str,
+    norm: nn.LayerNorm,
+    products: tuple[nn.Linear, nn.GELU, nn.Linear],
+    scales: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
-    """The second half of a block in inference: z + MLP(LayerNorm(z)) with z = x + y.
+    """The second half of a block: z + mlp(norm(z)) with z = x + y.
 
-    The last product adds to z where it lies, instead of a pass that would add its result; its bias
-    is in z already. Only where :func:`uses_kernels` says so, and without gradients.
+    In inference the last product adds to z where it lies, instead of a pass that would add its
+    result; its bias is in z already.
 
     Args:
-        x: (B, H, W, C), of the dtype of matrix products.
-        y: likewise.
-        norm: the norm's weight, bias and eps.
-        products: weight and bias of the two products, as :func:`mlp` takes them.
-        approximate: likewise.
+        x: (B, H, W, C), the residual stream.
+        y: (B, H, W, C), what the first half adds.
+        norm: over C.
+        products: the MLP's, as :func:`mlp` takes them.
+        scales: of y and of the MLP's result, as for :func:`residual`.
 
     Returns:
-        (B, H, W, C).
+        (B, H, W, C), in the dtype of x.
     """
-    from cgspn_seg.ops.triton.activation import gelu_projection
-    from cgspn_seg.ops.triton.norm import add_norm_forward
+    first, gelu, second = products
+    dtypes = {x.dtype, y.dtype, first.weight.dtype, second.weight.dtype, product_dtype(x)}
+    in_place = not torch.is_grad_enabled() and scales == (None, None) and len(dtypes) == 1
+    if in_place and x.shape == y.shape and uses_kernels(x, norm, *products):
+        from cgspn_seg.ops.triton.activation import gelu_projection
+        from cgspn_seg.ops.triton.norm import add_norm_forward
 
-    weight1, bias1, weight2, bias2 = products
-    z, normed = add_norm_forward(x.contiguous(), y.contiguous(), None, *norm, x.dtype, offset=bias2)
-    hidden = gelu_projection(normed.flatten(0, -2), weight1, bias1, approximate == "tanh")
-    z.flatten(0, -2).addmm_(hidden, weight2.t())
-    return z
+        z, normed = add_norm_forward(
+            x.contiguous(), y.contiguous(), None, norm.weight, norm.bias, norm.eps, x.dtype,
+            offset=second.bias,
+        )  # fmt: skip
+        hidden = gelu_projection(
+            normed.flatten(0, 2), first.weight, first.bias, gelu.approximate == "tanh"
+        )
+        z.flatten(0, 2).addmm_(hidden, second.weight.t())
+        return z
+    z, normed = add_norm(x, y, norm, scales[0])
+    return residual(z, mlp(normed, *products), scales[1])
 
 
-def _with_dense_tokens(x: Tensor) -> Tensor:
-    """x itself if a token's numbers are dense and tokens equally far apart, else a copy."""
-    dense = x[0, 0, 0].is_contiguous()
-    column, row, image = x.stride(2), x.stride(1), x.stride(0)
-    evenly = row == column * x.shape[2] and image == row * x.shape[1]
-    return x if dense and evenly else x.contiguous()
+def _rows(x: Tensor) -> Tensor:
+    """(B, H, W, ...) as (B H W, ...): a view where tokens lie equally far apart and are dense."""
+    rows = x.flatten(0, 2)
+    return rows if rows[0].is_contiguous() else rows.contiguous()

@@ -3,15 +3,16 @@
 from collections import OrderedDict
 from collections.abc import Collection
 
-import torch
 from torch import Tensor, nn
 
 from cgspn_seg.models.arch import Architecture
-from cgspn_seg.ops.fused import add_norm, add_norm_mlp, mlp, perceive_norm, uses_kernels
+from cgspn_seg.ops.fused import add_norm, add_norm_mlp, mlp, perceive_norm, residual
 
 
 class LocalPerceptionUnit(nn.Module):
-    """Parameters of a depthwise 3x3 convolution plus identity (LPU; GSPN-2, section on the block).
+    """Depthwise 3x3 convolution plus identity (LPU; GSPN-2, section on the block).
+
+    It is computed together with the norm after it, by :func:`cgspn_seg.ops.fused.perceive_norm`.
 
     Args:
         dims: channels.
@@ -56,32 +57,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        x, normed = self._norm(x, None, self.mixer_lpu, self.norm1)
-        y, norm = self.mixer(normed), self.norm2
-        fc1, act, fc2 = self.mlp
-        products = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-        if self._adds_in_place(x, y):
-            return add_norm_mlp(x, y, (norm.weight, norm.bias, norm.eps), products, act.approximate)
-        x, normed = self._norm(x, y, self.mlp_lpu, norm)
-        y, scale = mlp(normed, *products, act.approximate), self._scale(x)
-        return x + (y if scale is None else y * scale.view(-1, 1, 1, 1))
-
-    def _adds_in_place(self, x: Tensor, y: Tensor) -> bool:
-        """Whether nothing needs the second residual but the sum that replaces it."""
-        keeps_all = not self.training or self.drop_path == 0
-        inference = not torch.is_grad_enabled() and keeps_all
-        return inference and self.mlp_lpu is None and x.dtype == y.dtype and uses_kernels(x)
-
-    def _norm(
-        self, x: Tensor, y: Tensor | None, lpu: LocalPerceptionUnit | None, norm: nn.LayerNorm
-    ) -> tuple[Tensor, Tensor]:
-        """Adds what the branch before left, perceives, and gives the next branch its input."""
-        scale = None if y is None else self._scale(x)
-        if lpu is None:
-            return add_norm(x, y, norm.weight, norm.bias, norm.eps, scale)
-        if y is not None:
-            x = x + (y if scale is None else y * scale.view(-1, 1, 1, 1))
-        return perceive_norm(x, lpu.conv.weight, lpu.conv.bias, norm.weight, norm.bias, norm.eps)
+        if self.mixer_lpu is None:
+            x, normed = add_norm(x, None, self.norm1)
+        else:
+            x, normed = perceive_norm(x, self.mixer_lpu.conv, self.norm1)
+        y, scales = self.mixer(normed), (self._scale(x), self._scale(x))
+        if self.mlp_lpu is None:
+            return add_norm_mlp(x, y, self.norm2, tuple(self.mlp), scales)
+        x, normed = perceive_norm(residual(x, y, scales[0]), self.mlp_lpu.conv, self.norm2)
+        return residual(x, mlp(normed, *self.mlp), scales[1])
 
     def _scale(self, x: Tensor) -> Tensor | None:
         """Stochastic depth: a factor for each image that leaves the mean as it is; None for 1."""

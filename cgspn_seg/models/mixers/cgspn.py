@@ -90,7 +90,7 @@ class CGSPNMixer(nn.Module):
         """(B, H, W, C) to (B, H, W, C)."""
         d, latent = len(self.directions), self.coefficients.in_features
         projected = self.in_proj(x)
-        z, gate = projected[..., :latent], projected[..., latent:]
+        z, gate = projected.split((latent, projected.shape[-1] - latent), dim=-1)
         # As a matrix: with more axes and gaps between rows, the bias would be a pass of its own.
         coefficients = self.coefficients(z.flatten(0, 2)).unflatten(0, z.shape[:3])
         logits, input_gate, output_gate = coefficients.split(
@@ -103,16 +103,10 @@ class CGSPNMixer(nn.Module):
             directions=self.directions,
             segment_length=self.segment_length,
         )
-        norm = self.state_norm
-        merged = merge_directions(
-            h,
-            output_gate.unflatten(-1, (d, latent)),
-            *((None, None) if norm is None else (norm.weight, norm.bias, norm.eps)),
-        )
-        up, out = self.up, self.out
-        if out is None:
-            return up(merged)
-        return gated_projection(merged, gate, up.weight, up.bias, out.weight, out.bias)
+        merged = merge_directions(h, output_gate.unflatten(-1, (d, latent)), self.state_norm)
+        if self.out is None:
+            return self.up(merged)
+        return gated_projection(merged, gate, self.up, self.out)
 
 
 @MIXERS.register_module(name="cgspn-lean")

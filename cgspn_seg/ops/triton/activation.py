@@ -124,8 +124,11 @@ def project_and_gate(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> T
     rows, inner = x.shape
     channels = weight.shape[0]
     if x.dtype not in HALF or inner > MAX_INNER:
-        y = torch.addmm(bias, x, weight.t())
-        _launch(_gate_kernel, y, gate, gate.stride(0), y)
+        wide = torch.addmm(bias, x, weight.t())
+        # Not in place: who caches results of products, as selective checkpointing does, would not
+        # see the change.
+        y = torch.empty_like(wide)
+        _launch(_gate_kernel, wide, gate, gate.stride(0), y)
         return y
     y = x.new_empty(rows, channels)
     cut = dict(ROWS=64, BLOCK=64, INNER=max(16, triton.next_power_of_2(inner)))
@@ -147,39 +150,45 @@ def gelu_projection(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool) -> Tens
     return hidden
 
 
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad^T x in the weight's dtype, without rounding to that of the factors on the way."""
+    if dtype != grad.dtype and dtype == torch.float32 and grad.is_cuda:
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    return (grad.t() @ x).to(dtype)
+
+
 class MLP(torch.autograd.Function):
     """Saves the input and what GELU takes, before its bias."""
 
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2, tanh, dtype):
-        x = x.to(dtype)
-        hidden = x @ weight1.to(dtype).t()
-        ctx.save_for_backward(x, hidden, weight1, bias1, weight2)
-        ctx.tanh = tanh
+        x, w1, w2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
+        hidden = x @ w1.t()
+        ctx.save_for_backward(x, hidden, w1, bias1, w2)
+        ctx.tanh, ctx.dtype = tanh, weight1.dtype
         activated = torch.empty_like(hidden)
         _launch(_bias_gelu_kernel, hidden, bias1, activated, TANH=tanh)
-        return torch.addmm(bias2.to(dtype), activated, weight2.to(dtype).t())
+        return torch.addmm(bias2.to(dtype), activated, w2.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, hidden, weight1, bias1, weight2 = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_hidden = grad @ weight2.to(grad.dtype)
+        x, hidden, w1, bias1, w2 = ctx.saved_tensors
+        grad, wanted = grad.contiguous(), ctx.needs_input_grad
+        grad_hidden = grad @ w2
         activated = torch.empty_like(hidden)
         _launch(
             _bias_gelu_backward_kernel, hidden, bias1, grad_hidden, activated, grad_hidden,
             TANH=ctx.tanh,
         )  # fmt: skip
-        wanted = ctx.needs_input_grad
-        grad_weight2 = (grad.t() @ activated).to(weight2.dtype) if wanted[3] else None
+        grad_weight2 = weight_gradient(grad, activated, ctx.dtype) if wanted[3] else None
         del activated
         return (
-            grad_hidden @ weight1.to(grad.dtype),
-            (grad_hidden.t() @ x).to(weight1.dtype) if wanted[1] else None,
-            grad_hidden.sum(0, dtype=bias1.dtype),
+            grad_hidden @ w1 if wanted[0] else None,
+            weight_gradient(grad_hidden, x, ctx.dtype) if wanted[1] else None,
+            grad_hidden.sum(0, dtype=ctx.dtype) if wanted[2] else None,
             grad_weight2,
-            grad.sum(0, dtype=bias1.dtype),
+            grad.sum(0, dtype=ctx.dtype) if wanted[4] else None,
             None,
             None,
         )
@@ -191,30 +200,28 @@ class GatedProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, weight1, bias1, weight2, bias2, dtype):
         x, gate = x.to(dtype), gate.to(dtype)
-        ctx.save_for_backward(x, gate, weight1, bias1, weight2)
-        gated = project_and_gate(x, weight1.to(dtype), bias1.to(dtype), gate)
-        return torch.addmm(bias2.to(dtype), gated, weight2.to(dtype).t())
+        w1, b1, w2 = weight1.to(dtype), bias1.to(dtype), weight2.to(dtype)
+        ctx.save_for_backward(x, gate, w1, b1, w2)
+        ctx.dtype = weight1.dtype
+        return torch.addmm(bias2.to(dtype), project_and_gate(x, w1, b1, gate), w2.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, gate, weight1, bias1, weight2 = ctx.saved_tensors
-        dtype = grad.dtype
-        grad = grad.contiguous()
-        grad_wide = grad @ weight2.to(dtype)
-        wide = torch.addmm(bias1.to(dtype), x, weight1.to(dtype).t())
+        x, gate, w1, b1, w2 = ctx.saved_tensors
+        grad, wanted = grad.contiguous(), ctx.needs_input_grad
+        grad_wide, wide = grad @ w2, torch.addmm(b1, x, w1.t())
         grad_gate, gated = torch.empty_like(grad_wide), torch.empty_like(wide)
         _launch(
             _gate_backward_kernel, wide, gate, gate.stride(0), grad_wide, gated, grad_wide,
             grad_gate,
         )  # fmt: skip
-        wanted = ctx.needs_input_grad
         return (
-            grad_wide @ weight1.to(dtype),
+            grad_wide @ w1 if wanted[0] else None,
             grad_gate,
-            (grad_wide.t() @ x).to(weight1.dtype) if wanted[2] else None,
-            grad_wide.sum(0, dtype=bias1.dtype),
-            (grad.t() @ gated).to(weight2.dtype) if wanted[4] else None,
-            grad.sum(0, dtype=bias1.dtype),
+            weight_gradient(grad_wide, x, ctx.dtype) if wanted[2] else None,
+            grad_wide.sum(0, dtype=ctx.dtype) if wanted[3] else None,
+            weight_gradient(grad, gated, ctx.dtype) if wanted[4] else None,
+            grad.sum(0, dtype=ctx.dtype) if wanted[5] else None,
             None,
         )

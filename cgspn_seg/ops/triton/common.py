@@ -14,6 +14,7 @@ def compute_type(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+@cache
 def tile(channels: int, elements: int = 4096) -> dict[str, int]:
     """Rows and channels of a tile that holds whole rows, of so many elements if it can."""
     block = triton.next_power_of_2(channels)
@@ -23,7 +24,9 @@ def tile(channels: int, elements: int = 4096) -> dict[str, int]:
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Where a kernel is to be launched; Triton's interpreter works on the CPU."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()  # a switch costs microseconds, each time
+    return torch.cuda.device(x.device)
 
 
 @cache

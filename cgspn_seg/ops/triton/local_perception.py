@@ -17,8 +17,9 @@ MAX_ROWS = 16
 @triton.jit
 def _load_row(x, row, column, channel, height, width, channels):
     """The pixels at `column` of a row, those left of them and those right of them."""
-    at = (row * width + column).to(tl.int64) * channels + channel
-    inside = (row >= 0) & (row < height) & (channel < channels)
+    line = row + tl.zeros_like(column)
+    at = (line * width + column).to(tl.int64) * channels + channel
+    inside = (line >= 0) & (line < height) & (channel < channels)
     left = tl.load(x + at - channels, inside & (column > 0) & (column <= width), other=0)
     here = tl.load(x + at, inside & (column < width), other=0)
     right = tl.load(x + at + channels, inside & (column + 1 < width), other=0)
@@ -38,10 +39,10 @@ def _convolve(above, here, below, taps, offset, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _perceive_kernel(
-    x, taps, bias, y, height, width, channels, rows,
-    HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    x, weight, bias, y, height, width, channels, rows,
+    FLIPPED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of y = x + conv(x) + bias; `taps` are (9, C), the identity among them."""
+    """Some rows of y = x + conv(x) + bias; FLIPPED: of the gradient of x from that of y."""
     strips, blocks = tl.cdiv(width, COLUMNS), tl.cdiv(channels, BLOCK)
     heights = tl.cdiv(height, rows)
     program = tl.program_id(0)
@@ -52,20 +53,21 @@ def _perceive_kernel(
     x += image
     y += image
     known = channel < channels
-    taps += channel
+    taps = weight + channel * 9 + (8 if FLIPPED else 0)
+    STEP: tl.constexpr = -1 if FLIPPED else 1
     w = (
         tl.load(taps, known, other=0).to(COMPUTE),
-        tl.load(taps + channels, known, other=0).to(COMPUTE),
-        tl.load(taps + 2 * channels, known, other=0).to(COMPUTE),
-        tl.load(taps + 3 * channels, known, other=0).to(COMPUTE),
-        tl.load(taps + 4 * channels, known, other=0).to(COMPUTE),
-        tl.load(taps + 5 * channels, known, other=0).to(COMPUTE),
-        tl.load(taps + 6 * channels, known, other=0).to(COMPUTE),
-        tl.load(taps + 7 * channels, known, other=0).to(COMPUTE),
-        tl.load(taps + 8 * channels, known, other=0).to(COMPUTE),
+        tl.load(taps + STEP, known, other=0).to(COMPUTE),
+        tl.load(taps + 2 * STEP, known, other=0).to(COMPUTE),
+        tl.load(taps + 3 * STEP, known, other=0).to(COMPUTE),
+        tl.load(taps + 4 * STEP, known, other=0).to(COMPUTE) + 1,  # the identity
+        tl.load(taps + 5 * STEP, known, other=0).to(COMPUTE),
+        tl.load(taps + 6 * STEP, known, other=0).to(COMPUTE),
+        tl.load(taps + 7 * STEP, known, other=0).to(COMPUTE),
+        tl.load(taps + 8 * STEP, known, other=0).to(COMPUTE),
     )
     offset = tl.zeros((1, BLOCK), COMPUTE)
-    if HAS_BIAS:
+    if not FLIPPED:
         offset += tl.load(bias + channel, known, other=0).to(COMPUTE)
     inside = (column < width) & known
     a0, a1, a2 = _load_row(x, first - 1, column, channel, height, width, channels)
@@ -80,7 +82,8 @@ def _perceive_kernel(
         lower = _convolve((b0, b1, b2), (c0, c1, c2), (d0, d1, d2), w, offset, COMPUTE)
         at = (row * width + column).to(tl.int64) * channels + channel
         tl.store(y + at, upper, inside)
-        tl.store(y + at + width * channels, lower, inside & (row + 1 < height))
+        below = row + 1 + tl.zeros_like(column)
+        tl.store(y + at + width * channels, lower, inside & (below < height))
         a0, a1, a2, b0, b1, b2 = c0, c1, c2, d0, d1, d2
         c0, c1, c2, d0, d1, d2 = e0, e1, e2, f0, f1, f2
 
@@ -90,7 +93,7 @@ def _weight_gradient_kernel(
     x, grad, partial, height, width, channels, rows,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a strip of rows: (programs, 10, C), nine taps and the bias."""
+    """Sums over a strip of rows, a program's 9 C of the weight and C of the bias."""
     lane = tl.arange(0, COLUMNS)[:, None]
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     strips = tl.cdiv(height, rows)
@@ -122,17 +125,18 @@ def _weight_gradient_kernel(
             s8 += c2.to(COMPUTE) * g
             s9 += g
             a0, a1, a2, b0, b1, b2 = b0, b1, b2, c0, c1, c2
-    to = partial + tl.program_id(0).to(tl.int64) * 10 * channels + channel
+    to = partial + tl.program_id(0).to(tl.int64) * 10 * channels
+    tl.store(to + 9 * channels + channel, tl.sum(s9, 0)[None, :], known)
+    to += channel * 9
     tl.store(to, tl.sum(s0, 0)[None, :], known)
-    tl.store(to + channels, tl.sum(s1, 0)[None, :], known)
-    tl.store(to + 2 * channels, tl.sum(s2, 0)[None, :], known)
-    tl.store(to + 3 * channels, tl.sum(s3, 0)[None, :], known)
-    tl.store(to + 4 * channels, tl.sum(s4, 0)[None, :], known)
-    tl.store(to + 5 * channels, tl.sum(s5, 0)[None, :], known)
-    tl.store(to + 6 * channels, tl.sum(s6, 0)[None, :], known)
-    tl.store(to + 7 * channels, tl.sum(s7, 0)[None, :], known)
-    tl.store(to + 8 * channels, tl.sum(s8, 0)[None, :], known)
-    tl.store(to + 9 * channels, tl.sum(s9, 0)[None, :], known)
+    tl.store(to + 1, tl.sum(s1, 0)[None, :], known)
+    tl.store(to + 2, tl.sum(s2, 0)[None, :], known)
+    tl.store(to + 3, tl.sum(s3, 0)[None, :], known)
+    tl.store(to + 4, tl.sum(s4, 0)[None, :], known)
+    tl.store(to + 5, tl.sum(s5, 0)[None, :], known)
+    tl.store(to + 6, tl.sum(s6, 0)[None, :], known)
+    tl.store(to + 7, tl.sum(s7, 0)[None, :], known)
+    tl.store(to + 8, tl.sum(s8, 0)[None, :], known)
 
 
 def _rows_per_program(others: int, height: int, device: torch.device) -> int:
@@ -141,37 +145,36 @@ def _rows_per_program(others: int, height: int, device: torch.device) -> int:
     return max(2, min(MAX_ROWS, height // strips) // 2 * 2)
 
 
-def perceive(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x + conv(x) + bias of dense (B, H, W, C), for a (C, 1, 3, 3) weight."""
+def perceive(x: Tensor, weight: Tensor, bias: Tensor, flipped: bool = False) -> Tensor:
+    """x + conv(x) + bias of dense (B, H, W, C); flipped, what its transpose makes of a gradient."""
     batch, height, width, channels = x.shape
     y = torch.empty_like(x)
     columns = 2 * x.element_size()  # measured: narrow types need more registers to convert
     tiles = batch * triton.cdiv(width, columns) * triton.cdiv(channels, BLOCK)
     rows = _rows_per_program(tiles, height, x.device)
-    taps = weight.view(channels, 9).t().contiguous()
-    taps[4] += 1  # the identity
     with on_device_of(x):
         _perceive_kernel[(tiles * triton.cdiv(height, rows),)](
-            x, taps, bias, y, height, width, channels, rows,
-            HAS_BIAS=bias is not None, COLUMNS=columns, BLOCK=BLOCK, COMPUTE=compute_type(x),
+            x, weight.contiguous(), bias, y, height, width, channels, rows,
+            FLIPPED=flipped, COLUMNS=columns, BLOCK=BLOCK, COMPUTE=compute_type(x),
         )  # fmt: skip
     return y
 
 
-def weight_gradients(x: Tensor, grad: Tensor) -> Tensor:
-    """(10, C): sums over all pixels of grad times the nine neighbours of x, and of grad."""
+def weight_gradients(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias, for dense (B, H, W, C) and the gradient of x + conv(x)."""
     batch, height, width, channels = x.shape
     blocks = triton.cdiv(channels, BLOCK)
     rows = _rows_per_program(blocks * batch, height, x.device)
     strips = batch * triton.cdiv(height, rows)
     sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partial = torch.empty(strips, 10, channels, dtype=sums, device=x.device)
+    partial = torch.empty(strips, 10 * channels, dtype=sums, device=x.device)
     with on_device_of(x):
         _weight_gradient_kernel[(strips, blocks)](
             x, grad, partial, height, width, channels, rows,
             COLUMNS=4, BLOCK=BLOCK, COMPUTE=compute_type(x),
         )  # fmt: skip
-    return partial.sum(0)
+    taps, bias = partial.sum(0).to(weight.dtype).split((9 * channels, channels))
+    return taps.view_as(weight), bias
 
 
 class PerceiveNorm(torch.autograd.Function):
@@ -199,7 +202,8 @@ class PerceiveNorm(torch.autograd.Function):
             ctx.eps,
             None,
         )
-        grad_x = perceive(grad, conv_weight.flip(2, 3), None)  # the transpose
-        *taps, grad_conv_bias = weight_gradients(x, grad).to(conv_weight.dtype).unbind(0)
-        grad_conv = torch.stack(taps, dim=1).view(conv_weight.shape)
+        grad_x = perceive(grad, conv_weight, conv_bias, flipped=True)
+        grad_conv = grad_conv_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_conv, grad_conv_bias = weight_gradients(x, grad, conv_weight)
         return grad_x, grad_conv, grad_conv_bias, grad_weight, grad_bias, None, None

@@ -37,8 +37,8 @@ def _merge_kernel(
         if HAS_NORM:
             standardized, _ = standardize(state, inside, channels, eps)
             state = standardized * w + b
-        open = tl.load(gate + row * gate_stride + d * channels + channel, inside, other=0)
-        total += open.to(COMPUTE) * state
+        u = tl.load(gate + row * gate_stride + d * channels + channel, inside, other=0)
+        total += u.to(COMPUTE) * state
     tl.store(merged + row * channels + channel, total, inside)
 
 
@@ -64,8 +64,8 @@ def _merge_backward_kernel(
         for d in tl.static_range(D):
             at = (row * D + d) * channels + channel
             state = tl.load(h + at, inside, other=0).to(COMPUTE)
-            open = tl.load(gate + row * gate_stride + d * channels + channel, inside, other=0)
-            grad_state = g * open.to(COMPUTE)
+            u = tl.load(gate + row * gate_stride + d * channels + channel, inside, other=0)
+            grad_state = g * u.to(COMPUTE)
             if HAS_NORM:
                 standardized, rstd = standardize(state, inside, channels, eps)
                 grad_w += grad_state * standardized
@@ -81,17 +81,16 @@ def _merge_backward_kernel(
 
 
 class MergeDirections(torch.autograd.Function):
-    """Saves what it is given; the norm is computed again."""
+    """Saves what it is given, (N, D, C) each; the norm is computed again."""
 
     @staticmethod
     def forward(ctx, h, gate, weight, bias, eps):
-        directions, channels = h.shape[-2:]
-        merged = h.new_empty(*h.shape[:-2], channels)
-        rows = merged.numel() // channels
+        rows, directions, channels = h.shape
+        merged = h.new_empty(rows, channels)
         cut = tile(channels, ELEMENTS)
         with on_device_of(h):
             _merge_kernel[(triton.cdiv(rows, cut["ROWS"]),)](
-                h, gate, weight, bias, merged, rows, channels, gate.stride(-3), eps,
+                h, gate, weight, bias, merged, rows, channels, gate.stride(0), eps,
                 D=directions, HAS_NORM=weight is not None, COMPUTE=compute_type(h), **cut,
             )  # fmt: skip
         ctx.save_for_backward(h, gate, weight, bias)
@@ -102,8 +101,7 @@ class MergeDirections(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         h, gate, weight, bias = ctx.saved_tensors
-        directions, channels = h.shape[-2:]
-        rows = grad.numel() // channels
+        rows, directions, channels = h.shape
         grad_h, grad_gate = torch.empty_like(h), torch.empty_like(h)
         cut = tile(channels, ELEMENTS)
         count = programs(rows, cut["ROWS"], h.device)
@@ -112,7 +110,7 @@ class MergeDirections(torch.autograd.Function):
         with on_device_of(h):
             _merge_backward_kernel[(count,)](
                 grad.contiguous(), h, gate, weight, bias, grad_h, grad_gate, grad_affine,
-                rows, channels, gate.stride(-3), ctx.eps,
+                rows, channels, gate.stride(0), ctx.eps,
                 D=directions, HAS_NORM=weight is not None, COMPUTE=compute_type(h), **cut,
             )  # fmt: skip
         if weight is None:

@@ -50,7 +50,7 @@ def _add_norm_kernel(
 def _add_norm_backward_kernel(
     grad_normed, grad_total, total, scale, weight, grad_x, grad_y, grad_affine,
     rows, tokens, channels, eps,
-    HAS_TOTAL: tl.constexpr, HAS_Y: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_Y: tl.constexpr, HAS_SCALE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     channel = tl.arange(0, BLOCK)[None, :]
@@ -69,8 +69,7 @@ def _add_norm_backward_kernel(
         grad_w += grad * standardized
         grad_b += grad
         result = standardize_backward(grad * w, standardized, rstd, channels)
-        if HAS_TOTAL:
-            result += tl.load(grad_total + at, inside, other=0).to(COMPUTE)
+        result += tl.load(grad_total + at, inside, other=0).to(COMPUTE)
         tl.store(grad_x + at, result, inside)
         if HAS_Y:
             if HAS_SCALE:
@@ -112,7 +111,7 @@ def add_norm_forward(
 
 def add_norm_backward(
     grad_normed: Tensor,
-    grad_total: Tensor | None,
+    grad_total: Tensor,
     total: Tensor,
     scale: Tensor | None,
     weight: Tensor,
@@ -134,8 +133,8 @@ def add_norm_backward(
         _add_norm_backward_kernel[(count,)](
             grad_normed, grad_total, total, scale, weight, grad_x, grad_y, grad_affine,
             rows, rows // total.shape[0], channels, eps,
-            HAS_TOTAL=grad_total is not None, HAS_Y=grad_y is not None and grad_y is not grad_x,
-            HAS_SCALE=scale is not None, COMPUTE=compute_type(total), **cut,
+            HAS_Y=grad_y is not None and grad_y is not grad_x, HAS_SCALE=scale is not None,
+            COMPUTE=compute_type(total), **cut,
         )  # fmt: skip
     grad_weight, grad_bias = grad_affine.sum(0).to(weight.dtype).unbind(0)
     return grad_x, grad_y, grad_weight, grad_bias
