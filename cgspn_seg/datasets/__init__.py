@@ -4,6 +4,7 @@ from cgspn_seg import compat  # noqa: F401  (before mmseg)
 from cgspn_seg.datasets.camvid import CamVidDataset
 from cgspn_seg.datasets.errors import DataError
 from cgspn_seg.datasets.paths import check_data_paths
+from cgspn_seg.datasets.subset import Subset, install
 from cgspn_seg.datasets.transforms import LoadAnnotations, LoadImageFromFile
 
 __all__ = [
@@ -11,5 +12,8 @@ __all__ = [
     "DataError",
     "LoadAnnotations",
     "LoadImageFromFile",
+    "Subset",
     "check_data_paths",
 ]
+
+install()  # `fraction` in the config of a data set

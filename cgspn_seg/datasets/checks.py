@@ -134,19 +134,18 @@ def check_labels(
             or holds other ids.
     """
     samples = _local_samples(dataset)
-    scan = _LabelScan(dataset)
+    scan = LabelScan(dataset)
     if not samples or scan.load_label is None:
         return
     random.Random(0).shuffle(samples)
     logger.info(f"Checking the {len(samples)} labels of the {name} dataset, and its images ...")
     start = time.monotonic()
-    classes_seen: set[int] = set()
+    pixels = np.zeros(scan.num_classes, np.int64)
     problems: set[str] = set()  # the label's check may have met an unreadable image as well
     checked = decoded = 0
     num_images = len(samples) if scan.load_image is not None else 0
-    pool = ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1))
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    pool = ThreadPoolExecutor(num_threads or default_threads())
+    with progress_bar() as progress:
         task = progress.add_task(f"Checking {name} data", total=len(samples) + num_images)
         try:
             # The pool takes them in this order.
@@ -160,7 +159,7 @@ def check_labels(
                         future.result()
                     else:
                         checked += 1
-                        classes_seen |= future.result()
+                        pixels += future.result()
                 except DataError as error:
                     problems.add(str(error))
         except TimeoutError:
@@ -175,14 +174,25 @@ def check_labels(
         f"Checked {checked} of the {len(samples)} labels of the {name} dataset and decoded "
         f"{decoded} of its {num_images} images in {time.monotonic() - start:.1f} s: no errors."
     )
-    unseen = [c for i, c in enumerate(dataset.metainfo["classes"]) if i not in classes_seen]
+    unseen = [c for c, n in zip(dataset.metainfo["classes"], pixels, strict=True) if n == 0]
     if unseen and checked == len(samples):
         logger.warning(
             f"{len(unseen)} classes are in no label of the {name} dataset: {listing(unseen)}."
         )
 
 
-class _LabelScan:
+def default_threads() -> int:
+    """How many files to read at a time."""
+    return min(16, os.cpu_count() or 1)
+
+
+def progress_bar() -> Progress:
+    """A progress bar on the terminal, or none where the output goes elsewhere."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+class LabelScan:
     """Reads labels as a dataset's pipeline does, and sees what that would pass over."""
 
     def __init__(self, dataset: BaseSegDataset) -> None:
@@ -194,11 +204,23 @@ class _LabelScan:
         self.is_class = self.training_ids < self.num_classes
         self.is_ignored = np.isin(self.training_ids, (IGNORED, dataset.ignore_index))
 
-    def __call__(self, sample: dict) -> set[int]:
-        """Return the training ids in the label of a sample, or raise :class:`DataError`."""
+    def __call__(self, sample: dict) -> np.ndarray:
+        """Count the pixels of each class in the label of a sample.
+
+        Args:
+            sample: Its ``img_path`` and ``seg_map_path``.
+
+        Returns:
+            (classes,) integers.
+
+        Raises:
+            DataError: The label cannot be read, or holds other ids than those of the dataset, or
+                is not of the size of its image.
+        """
         path = sample["seg_map_path"]
         try:
-            content, backend = fileio.get(path), self.load_label.imdecode_backend
+            content = fileio.get(path, backend_args=self.load_label.backend_args)
+            backend = self.load_label.imdecode_backend
             label = mmcv.imfrombytes(content, flag="unchanged", backend=backend).squeeze()
             counts = np.bincount(label.ravel(), minlength=256)
         except Exception as error:  # each decoder has its own
@@ -209,7 +231,9 @@ class _LabelScan:
         wrong[:256][self.is_class | self.is_ignored] = 0
         if wrong.any():
             self._raise_wrong_ids(path, wrong)
-        return set(self.training_ids[np.flatnonzero(counts)].tolist())
+        pixels = np.zeros(256, np.int64)
+        np.add.at(pixels, self.training_ids, counts[:256])  # classes may be merged
+        return pixels[: self.num_classes]
 
     def _image_shape(self, path: str, expected: tuple[int, ...]) -> tuple[int, int] | None:
         """(H, W) of an image; from the head of its file alone where that is as expected."""

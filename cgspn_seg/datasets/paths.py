@@ -9,12 +9,15 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from cgspn_seg.datasets.errors import DataError, listing
+from cgspn_seg.datasets.subset import subset_keys
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 
 def check_data_paths(cfg: Config, loaders: Iterable[str] = LOADERS) -> None:
     """Check that the folders of the datasets in a config exist and that there are images in them.
+
+    Also checks the keys that take a part of a dataset.
 
     To be called before a runner is built, which fails on them in less helpful ways. Datasets that
     are not on a local disk are left to their file backend.
@@ -24,7 +27,8 @@ def check_data_paths(cfg: Config, loaders: Iterable[str] = LOADERS) -> None:
         loaders: Which of its data loaders to look at; those it does not have are passed over.
 
     Raises:
-        DataError: A folder or an annotation file is missing, or no image has the right suffix.
+        DataError: A folder or an annotation file is missing, no image has the right suffix, or the
+            part of a dataset that is asked for does not exist.
     """
     for key in loaders:
         loader = cfg.get(key)
@@ -36,7 +40,12 @@ def check_data_paths(cfg: Config, loaders: Iterable[str] = LOADERS) -> None:
 
 
 def _leaves(dataset: dict, where: str) -> Iterator[tuple[str, dict]]:
-    """The configs inside RepeatDataset, ConcatDataset and other wrappers, with their keys."""
+    """The configs inside RepeatDataset, ConcatDataset and other wrappers, with their keys.
+
+    Raises:
+        DataError: A wrapper or what is inside has a ``fraction`` that cannot be taken.
+    """
+    subset_keys(dataset, DATASETS, where)
     if isinstance(dataset.get("dataset"), dict):
         yield from _leaves(dataset["dataset"], f"{where}.dataset")
     elif "datasets" in dataset:

@@ -3,7 +3,12 @@
 from cgspn_seg import compat  # noqa: F401  (before mmseg)
 
 # isort: split
-from cgspn_seg.engine.hooks import CheckDataHook, PeakMemoryHook
+from cgspn_seg.engine.hooks import CheckDataHook, PeakMemoryHook, SaveSubsetHook
 from cgspn_seg.engine.optimizers import LayerDecayOptimWrapperConstructor
 
-__all__ = ["CheckDataHook", "LayerDecayOptimWrapperConstructor", "PeakMemoryHook"]
+__all__ = [
+    "CheckDataHook",
+    "LayerDecayOptimWrapperConstructor",
+    "PeakMemoryHook",
+    "SaveSubsetHook",
+]

@@ -22,7 +22,7 @@ from mmseg.registry import RUNNERS
 from cgspn_seg import datasets, models  # noqa: F401  (their parts, for configs without them)
 from cgspn_seg.checkpoints import CheckpointCheckHook, RunComplete, protect_checkpoint_loading
 from cgspn_seg.engine.cli import INTERRUPTED, is_interruption, message_of, run
-from cgspn_seg.engine.hooks import PeakMemoryHook
+from cgspn_seg.engine.hooks import PeakMemoryHook, SaveSubsetHook
 from cgspn_seg.engine.options import CHANNELS_LAST, OWN_KEYS, UPSTREAM_KEYS, Options, merge_options
 
 __all__ = [
@@ -287,6 +287,8 @@ def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
     else:
         runner = _Runner.from_cfg(cfg)
     runner.register_hook(CheckpointCheckHook(for_prediction))
+    if not any(isinstance(hook, SaveSubsetHook) for hook in runner.hooks):
+        runner.register_hook(SaveSubsetHook())  # the config has other custom_hooks
     if for_prediction:
         runner.register_hook(PeakMemoryHook())
     return runner

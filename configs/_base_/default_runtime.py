@@ -17,7 +17,11 @@ log_processor = dict(by_epoch=False)
 log_level = "INFO"
 load_from = None
 resume = False
-# Looks for missing labels, wrong label ids and the like before the first iteration.
-custom_hooks = [dict(type="CheckDataHook", max_seconds=60)]
+custom_hooks = [
+    # Looks for missing labels, wrong label ids and the like before the first iteration.
+    dict(type="CheckDataHook", max_seconds=60),
+    # Keeps the list of images where a data set has a `fraction`.
+    dict(type="SaveSubsetHook"),
+]
 
 tta_model = dict(type="SegTTAModel")

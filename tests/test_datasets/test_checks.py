@@ -174,13 +174,13 @@ def test_the_first_of_several_bad_labels_is_named_and_they_are_counted(tiny_ade_
 
 
 def test_reading_stops_at_the_time_limit_and_says_so(tiny_ade_root, monkeypatch, caplog):
-    read = checks._LabelScan.__call__
+    read = checks.LabelScan.__call__
 
-    def slowly(self, sample: dict) -> set[int]:
+    def slowly(self, sample: dict) -> np.ndarray:
         time.sleep(0.05)
         return read(self, sample)
 
-    monkeypatch.setattr(checks._LabelScan, "__call__", slowly)
+    monkeypatch.setattr(checks.LabelScan, "__call__", slowly)
     with caplog.at_level(logging.INFO):
         run(build(tiny_ade_root(num_train=40)), max_seconds=0.2, num_threads=1)
     counts = [int(r.message.split()[1]) for r in caplog.records if r.message.startswith("Checked")]

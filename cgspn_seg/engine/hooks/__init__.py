@@ -2,5 +2,6 @@
 
 from cgspn_seg.engine.hooks.check_data import CheckDataHook
 from cgspn_seg.engine.hooks.peak_memory import PeakMemoryHook
+from cgspn_seg.engine.hooks.save_subset import SaveSubsetHook
 
-__all__ = ["CheckDataHook", "PeakMemoryHook"]
+__all__ = ["CheckDataHook", "PeakMemoryHook", "SaveSubsetHook"]
