@@ -223,9 +223,12 @@ def add_norm_mlp(
         (B, H, W, C), in the dtype of x.
     """
     first, gelu, second = products
-    dtypes = {x.dtype, y.dtype, first.weight.dtype, second.weight.dtype, product_dtype(x)}
-    in_place = not torch.is_grad_enabled() and scales == (None, None) and len(dtypes) == 1
-    if in_place and x.shape == y.shape and uses_kernels(x, norm, *products):
+    inference = not torch.is_grad_enabled() and scales == (None, None) and x.shape == y.shape
+    if (
+        inference
+        and uses_kernels(x, norm, *products)
+        and x.dtype == y.dtype == first.weight.dtype == second.weight.dtype == product_dtype(x)
+    ):
         from cgspn_seg.ops.triton.activation import gelu_projection
         from cgspn_seg.ops.triton.norm import add_norm_forward
 
