@@ -178,7 +178,7 @@ def gated_projection(x: Tensor, gate: Tensor, first: nn.Linear, second: nn.Linea
         (B, H, W, C).
     """
     if uses_kernels(x, first, second):
-        from cgspn_seg.ops.triton.activation import GatedProjection
+        from cgspn_seg.ops.triton.gated_projection import GatedProjection
 
         parameters = first.weight, first.bias, second.weight, second.bias
         y = GatedProjection.apply(
@@ -191,7 +191,7 @@ def gated_projection(x: Tensor, gate: Tensor, first: nn.Linear, second: nn.Linea
 def mlp(x: Tensor, first: nn.Linear, gelu: nn.GELU, second: nn.Linear) -> Tensor:
     """second(gelu(first(x))) of (B, H, W, C); both products have a bias."""
     if uses_kernels(x, first, gelu, second):
-        from cgspn_seg.ops.triton.activation import MLP
+        from cgspn_seg.ops.triton.mlp import MLP
 
         parameters = first.weight, first.bias, second.weight, second.bias
         options = gelu.approximate == "tanh", product_dtype(x)
@@ -229,7 +229,7 @@ def add_norm_mlp(
         and uses_kernels(x, norm, *products)
         and x.dtype == y.dtype == first.weight.dtype == second.weight.dtype == product_dtype(x)
     ):
-        from cgspn_seg.ops.triton.activation import gelu_projection
+        from cgspn_seg.ops.triton.mlp import gelu_projection
         from cgspn_seg.ops.triton.norm import add_norm_forward
 
         z, normed = add_norm_forward(

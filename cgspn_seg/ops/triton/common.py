@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+HALF = torch.bfloat16, torch.float16
+
 
 def compute_type(x: Tensor) -> tl.dtype:
     """What a kernel computes with: float64 for float64, float32 for everything else."""
@@ -42,6 +44,19 @@ def programs(rows: int, tile_rows: int, device: torch.device) -> int:
     return min(triton.cdiv(rows, tile_rows), 4 * multiprocessors(device))
 
 
+def partial_sums(x: Tensor, count: int, numbers: int) -> Tensor:
+    """(count, numbers), what so many programs leave of x: float64 for float64, else float32."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty(count, numbers, dtype=dtype, device=x.device)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad^T x in the weight's dtype, without rounding to that of the factors on the way."""
+    if dtype != grad.dtype and dtype == torch.float32 and grad.is_cuda:
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    return (grad.t() @ x).to(dtype)
+
+
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)), in float64 too."""
@@ -63,3 +78,11 @@ def standardize_backward(grad, standardized, rstd, channels):
     mean = tl.sum(grad, 1)[:, None] / channels
     along = tl.sum(grad * standardized, 1)[:, None] / channels
     return (grad - mean - standardized * along) * rstd
+
+
+@triton.jit
+def store_affine(partial, grad_w, grad_b, channels, channel, known):
+    """Leaves a program's sums over its rows: C numbers of the weight, then C of the bias."""
+    partial += tl.program_id(0).to(tl.int64) * 2 * channels + channel
+    tl.store(partial, tl.sum(grad_w, 0)[None, :], known)
+    tl.store(partial + channels, tl.sum(grad_b, 0)[None, :], known)

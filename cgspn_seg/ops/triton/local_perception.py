@@ -6,7 +6,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cgspn_seg.ops.triton.common import compute_type, multiprocessors, on_device_of
+from cgspn_seg.ops.triton.common import (
+    compute_type,
+    multiprocessors,
+    on_device_of,
+    partial_sums,
+)
 from cgspn_seg.ops.triton.norm import add_norm_backward, add_norm_forward
 
 BLOCK = 128
@@ -166,8 +171,7 @@ def weight_gradients(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, T
     blocks = triton.cdiv(channels, BLOCK)
     rows = _rows_per_program(blocks * batch, height, x.device)
     strips = batch * triton.cdiv(height, rows)
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partial = torch.empty(strips, 10 * channels, dtype=sums, device=x.device)
+    partial = partial_sums(x, strips, 10 * channels)
     with on_device_of(x):
         _weight_gradient_kernel[(strips, blocks)](
             x, grad, partial, height, width, channels, rows,

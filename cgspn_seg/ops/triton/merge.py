@@ -8,9 +8,11 @@ from torch.autograd.function import once_differentiable
 from cgspn_seg.ops.triton.common import (
     compute_type,
     on_device_of,
+    partial_sums,
     programs,
     standardize,
     standardize_backward,
+    store_affine,
     tile,
 )
 
@@ -75,9 +77,7 @@ def _merge_backward_kernel(
             tl.store(grad_gate + at, g * state, inside)
             tl.store(grad_h + at, grad_state, inside)
     if HAS_NORM:
-        partial = grad_affine + tl.program_id(0).to(tl.int64) * 2 * channels + channel
-        tl.store(partial, tl.sum(grad_w, 0)[None, :], known)
-        tl.store(partial + channels, tl.sum(grad_b, 0)[None, :], known)
+        store_affine(grad_affine, grad_w, grad_b, channels, channel, known)
 
 
 class MergeDirections(torch.autograd.Function):
@@ -105,8 +105,7 @@ class MergeDirections(torch.autograd.Function):
         grad_h, grad_gate = torch.empty_like(h), torch.empty_like(h)
         cut = tile(channels, ELEMENTS)
         count = programs(rows, cut["ROWS"], h.device)
-        sums = torch.float64 if h.dtype == torch.float64 else torch.float32
-        grad_affine = torch.empty(count, 2, channels, dtype=sums, device=h.device)
+        grad_affine = partial_sums(h, count, 2 * channels)
         with on_device_of(h):
             _merge_backward_kernel[(count,)](
                 grad.contiguous(), h, gate, weight, bias, grad_h, grad_gate, grad_affine,
@@ -115,4 +114,4 @@ class MergeDirections(torch.autograd.Function):
             )  # fmt: skip
         if weight is None:
             return grad_h, grad_gate, None, None, None
-        return grad_h, grad_gate, *grad_affine.sum(0).to(weight.dtype).unbind(0), None
+        return grad_h, grad_gate, *grad_affine.sum(0).to(weight.dtype).chunk(2), None

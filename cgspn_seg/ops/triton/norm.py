@@ -9,9 +9,11 @@ from torch.autograd.function import once_differentiable
 from cgspn_seg.ops.triton.common import (
     compute_type,
     on_device_of,
+    partial_sums,
     programs,
     standardize,
     standardize_backward,
+    store_affine,
     tile,
 )
 
@@ -75,9 +77,7 @@ def _add_norm_backward_kernel(
             if HAS_SCALE:
                 result *= tl.load(scale + row // tokens, row < rows, other=0).to(COMPUTE)
             tl.store(grad_y + at, result, inside)
-    partial = grad_affine + tl.program_id(0).to(tl.int64) * 2 * channels + channel
-    tl.store(partial, tl.sum(grad_w, 0)[None, :], known)
-    tl.store(partial + channels, tl.sum(grad_b, 0)[None, :], known)
+    store_affine(grad_affine, grad_w, grad_b, channels, channel, known)
 
 
 def add_norm_forward(
@@ -127,8 +127,7 @@ def add_norm_backward(
         grad_y = grad_x
     cut = tile(channels)
     count = programs(rows, cut["ROWS"], total.device)
-    sums = torch.float64 if total.dtype == torch.float64 else torch.float32
-    grad_affine = torch.empty(count, 2, channels, dtype=sums, device=total.device)
+    grad_affine = partial_sums(total, count, 2 * channels)
     with on_device_of(total):
         _add_norm_backward_kernel[(count,)](
             grad_normed, grad_total, total, scale, weight, grad_x, grad_y, grad_affine,
@@ -136,7 +135,7 @@ def add_norm_backward(
             HAS_Y=grad_y is not None and grad_y is not grad_x, HAS_SCALE=scale is not None,
             COMPUTE=compute_type(total), **cut,
         )  # fmt: skip
-    grad_weight, grad_bias = grad_affine.sum(0).to(weight.dtype).unbind(0)
+    grad_weight, grad_bias = grad_affine.sum(0).to(weight.dtype).chunk(2)
     return grad_x, grad_y, grad_weight, grad_bias
 
 
