@@ -3,6 +3,7 @@
 from cgspn_seg import compat  # noqa: F401  (must run before mmseg.models is imported)
 
 # isort: split
+from cgspn_seg.models import accuracy  # noqa: F401  (replaces the heads' own)
 from cgspn_seg.models.arch import ARCHITECTURES, Architecture
 from cgspn_seg.models.backbones import CGSPN
 from cgspn_seg.models.mixers import MIXERS
