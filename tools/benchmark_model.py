@@ -176,6 +176,9 @@ def make_row(setting: Setting, contender: Contender, mode: str, size: int, batch
     # Here, where the error and with it the frames that hold tensors are gone.
     gc.collect()
     if on_gpu:
+        # Each capture has a stream and cuBLAS a workspace for each stream, which the next row's
+        # memory would include.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     return row
 

@@ -41,7 +41,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def programs(rows: int, tile_rows: int, device: torch.device) -> int:
     """So many programs that each leaves one partial sum, and the GPU is full."""
-    return min(triton.cdiv(rows, tile_rows), 4 * multiprocessors(device))
+    return min(triton.cdiv(rows, tile_rows), 2 * multiprocessors(device))
 
 
 def partial_sums(x: Tensor, count: int, numbers: int) -> Tensor:
