@@ -25,6 +25,8 @@ from cgspn_seg.checkpoints import (
 )
 from cgspn_seg.checkpoints.export import (
     BACKBONE_SUFFIXES,
+    backbone_config,
+    check_out,
     choose_weights,
     encode_backbone,
     file_sha256,
@@ -74,55 +76,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def check_out(out: Path, checkpoint: Path, force: bool) -> None:
-    """Refuse to write where that cannot be meant.
-
-    Args:
-        out: The file to write.
-        checkpoint: The file to read.
-        force: Whether another existing file may be replaced.
-
-    Raises:
-        ValueError: If the suffix is unknown, or the file exists.
-    """
-    if out.suffix not in BACKBONE_SUFFIXES:
-        raise ValueError(f"OUT: expected a file that ends in .safetensors or .pth, got {out}")
-    if out.is_dir() or (out.exists() and checkpoint.exists() and out.samefile(checkpoint)):
-        raise ValueError(f"OUT: {out} is {'a folder' if out.is_dir() else 'CHECKPOINT itself'}")
-    if out.exists() and not force:
-        raise ValueError(f"OUT: {out} exists; pass --force to replace it, or another name")
-
-
-def backbone_config(cfg: Config, prefix: str) -> dict:
-    """The config of the model's part that a prefix means, without where its weights came from.
-
-    Args:
-        cfg: The whole config.
-        prefix: Such as "backbone." or "student.backbone.".
-
-    Raises:
-        ValueError: If the model has no such part, or it is a whole segmentor.
-    """
-    part = cfg.get("model") or {}
-    for name in prefix.rstrip(".").split("."):
-        child = part.get(name)
-        if not isinstance(child, Mapping) or "type" not in child:
-            parts = [k for k, v in part.items() if isinstance(v, Mapping) and "type" in v]
-            raise ValueError(
-                f"--prefix {prefix}: the config's model has no {name!r} with a type; here it has "
-                f"{', '.join(parts) or 'no parts'}"
-            )
-        part = child
-    if "backbone" in part:
-        raise ValueError(
-            f"--prefix {prefix}: a {part['type']} with a backbone of its own; pass --prefix "
-            f"{prefix}backbone."
-        )
-    config = part.to_dict()
-    config.pop("init_cfg", None)
-    return config
-
-
 def require_fit(config: dict, tensors: Mapping[str, torch.Tensor], cfg: Config, name: str) -> None:
     """Load the tensors into a new backbone of the config, every key accounted for.
 
@@ -151,7 +104,7 @@ def require_fit(config: dict, tensors: Mapping[str, torch.Tensor], cfg: Config, 
 def export(args: argparse.Namespace) -> None:
     """Write the backbone file that the arguments ask for."""
     checkpoint, out = Path(args.checkpoint).expanduser(), Path(args.out).expanduser()
-    check_out(out, checkpoint, args.force)
+    check_out(out, checkpoint, "CHECKPOINT", args.force)
     if "://" in args.checkpoint:
         raise ValueError(f"CHECKPOINT: {args.checkpoint}: download it first, to a file to hash")
     prefix = f"{args.prefix.rstrip('.')}."

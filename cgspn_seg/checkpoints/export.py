@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 
 from cgspn_seg.checkpoints.fit import state_dict_of
 from cgspn_seg.checkpoints.loading import CheckpointError, load_checkpoint
@@ -25,6 +26,8 @@ from cgspn_seg.version import __version__
 __all__ = [
     "BACKBONE_SUFFIXES",
     "BackboneFile",
+    "backbone_config",
+    "check_out",
     "choose_weights",
     "encode_backbone",
     "file_sha256",
@@ -167,6 +170,56 @@ def take_backbone(
             raise CheckpointError(f"{filename}: {key} has numbers that are not finite: {cause}")
         tensors[key.removeprefix(prefix)] = tensor
     return tensors
+
+
+def check_out(out: Path, source: Path, name: str, force: bool) -> None:
+    """Refuse to write where that cannot be meant.
+
+    Args:
+        out: The file to write.
+        source: The file or folder that is read.
+        name: Of its argument, for messages.
+        force: Whether another existing file may be replaced.
+
+    Raises:
+        ValueError: If the suffix is unknown, or the file exists.
+    """
+    if out.suffix not in BACKBONE_SUFFIXES:
+        raise ValueError(f"OUT: expected a file that ends in .safetensors or .pth, got {out}")
+    if out.is_dir() or (out.exists() and source.exists() and out.samefile(source)):
+        raise ValueError(f"OUT: {out} is {'a folder' if out.is_dir() else f'{name} itself'}")
+    if out.exists() and not force:
+        raise ValueError(f"OUT: {out} exists; pass --force to replace it, or another name")
+
+
+def backbone_config(cfg: Config, prefix: str) -> dict[str, Any]:
+    """The config of the model's part that a prefix means, without where its weights came from.
+
+    Args:
+        cfg: The whole config.
+        prefix: Such as "backbone." or "student.backbone.".
+
+    Raises:
+        ValueError: If the model has no such part, or it is a whole segmentor.
+    """
+    part = cfg.get("model") or {}
+    for name in prefix.rstrip(".").split("."):
+        child = part.get(name)
+        if not isinstance(child, Mapping) or "type" not in child:
+            parts = [k for k, v in part.items() if isinstance(v, Mapping) and "type" in v]
+            raise ValueError(
+                f"--prefix {prefix}: the config's model has no {name!r} with a type; here it has "
+                f"{', '.join(parts) or 'no parts'}"
+            )
+        part = child
+    if "backbone" in part:
+        raise ValueError(
+            f"--prefix {prefix}: a {part['type']} with a backbone of its own; pass --prefix "
+            f"{prefix}backbone."
+        )
+    config = part.to_dict()
+    config.pop("init_cfg", None)
+    return config
 
 
 def encode_backbone(

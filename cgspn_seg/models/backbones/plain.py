@@ -47,6 +47,7 @@ class CGSPN(BaseModule):
             in the first.
         gelu: the MLPs' GELU: "tanh", SigLIP's approximation, which GPUs have in the epilogue of a
             product; or "none", the exact one of ViT and DINO.
+        norm_eps: what the blocks' norms add to the variance; a student takes its teacher's.
         with_cp: recompute blocks in the backward pass instead of keeping their activations.
         frozen_stages: -1 trains everything, 0 freezes the embedding, k also the first k blocks.
         init_cfg: MMEngine's initialization, for example ``dict(type='Pretrained',
@@ -69,6 +70,7 @@ class CGSPN(BaseModule):
         out_norm: bool = False,
         drop_path_rate: float = 0.0,
         gelu: str = "tanh",
+        norm_eps: float = 1e-6,
         with_cp: bool = False,
         frozen_stages: int = -1,
         init_cfg: Mapping | Sequence[Mapping] | None = None,
@@ -112,6 +114,7 @@ class CGSPN(BaseModule):
                 m.local_perception if local_perception is None else local_perception,
                 drop_path,
                 gelu,
+                norm_eps,
             )
             for m, drop_path in zip(mixers, drop_paths, strict=True)
         )
@@ -135,6 +138,18 @@ class CGSPN(BaseModule):
             One (B, C, ceil(H / patch_size), ceil(W / patch_size)) tensor per out index, in
             channels_last layout.
         """
+        x = self.embed(image)
+        outputs = {}
+        for i in range(len(self.blocks)):
+            x = self.run_block(i, x)
+            if i in self.out_indices:
+                norm = self.out_norms[self.out_indices.index(i)]
+                outputs[i] = norm(x).permute(0, 3, 1, 2)
+        return tuple(outputs[i] for i in self.out_indices)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """The residual stream that enters the first block, (B, H, W, C), of an image as for
+        :meth:`forward`."""
         if min(image.shape[-2:]) < self.patch_size:
             raise ValueError(
                 f"images must be at least one patch, {self.patch_size} x {self.patch_size}; got "
@@ -150,14 +165,20 @@ class CGSPN(BaseModule):
         )
         if self.pos_embed is not None:
             x = x + resize_pos_embed(self.pos_embed, (height, width))
-        outputs = {}
-        for i, block in enumerate(self.blocks):
-            recompute = self.with_cp and torch.is_grad_enabled() and i >= self.frozen_stages
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-            if i in self.out_indices:
-                norm = self.out_norms[self.out_indices.index(i)]
-                outputs[i] = norm(x).permute(0, 3, 1, 2)
-        return tuple(outputs[i] for i in self.out_indices)
+        return x
+
+    def run_block(self, index: int, x: Tensor, **options: Any) -> Any:
+        """Calls a block, with activation checkpointing where that is asked for and not frozen.
+
+        Args:
+            index: which one.
+            x: (B, H, W, C).
+            **options: see :meth:`cgspn_seg.models.backbones.block.Block.forward`.
+        """
+        block = self.blocks[index]
+        if self.with_cp and torch.is_grad_enabled() and index >= self.frozen_stages:
+            return checkpoint(block, x, use_reentrant=False, **options)
+        return block(x, **options)
 
     def train(self, mode: bool = True) -> "CGSPN":
         """Sets training mode; frozen parts stay in evaluation mode."""

@@ -1,0 +1,230 @@
+"""tools/convert_checkpoint.py: from a teacher's files to a file that a student begins with."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+from mmengine.runner import CheckpointLoader
+from mmseg.registry import MODELS
+from torch import nn
+
+from cgspn_seg.checkpoints import CheckpointError, pretrained
+from cgspn_seg.checkpoints.export import read_backbone
+from cgspn_seg.checkpoints.loading import _FORCE_WEIGHTS_ONLY
+from cgspn_seg.models import TransformersTeacher
+from tests.test_models.test_distillation.teachers import (
+    ENCODER,
+    TIMM,
+    TIMM_OPTIONS,
+    library,
+    make_teacher,
+    random_weights,
+    save_transformers,
+)
+
+CONFIG = """
+custom_imports = dict(imports=["cgspn_seg.models"])
+encoder = dict(
+    type="CGSPN", patch_size=8, mixer=["cgspn", "attention", "cgspn"], out_indices=(0, 2),
+    img_size=32, gelu="none",
+    arch=dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64, latent_dims=8),
+)
+model = dict(type="EncoderDecoder", backbone=encoder)
+"""
+Convert = Callable[..., Path]
+
+
+@pytest.fixture
+def convert(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
+    """Runs the tool; the result is OUT."""
+    monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
+    monkeypatch.setenv(_FORCE_WEIGHTS_ONLY, "0")
+    path = repository / "tools" / "convert_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def call(teacher: object, name: str, *options: object) -> Path:
+        arguments = [teacher, tmp_path / name, *options]
+        monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", *map(str, arguments)])
+        tool.main()
+        return tmp_path / name
+
+    return call
+
+
+@pytest.fixture
+def dino(tmp_path: Path) -> Path:
+    """A folder with a DINOv2."""
+    save_transformers("dinov2", tmp_path / "dino")
+    return tmp_path / "dino"
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A backbone file of an attention encoder, which needs no optional package."""
+    from cgspn_seg.checkpoints.export import encode_backbone, take_backbone
+
+    model = random_weights(MODELS.build(ENCODER))
+    tensors = take_backbone(model.state_dict(), "", "encoder")
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(encode_backbone(tensors, {"config": json.dumps(ENCODER)}, ".safetensors"))
+    return path
+
+
+def begun(path: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuple[nn.Module, str]:
+    """A backbone of the config inside, begun from the file, and what was said of it."""
+    said: list[str] = []
+    monkeypatch.setattr(pretrained, "print_log", lambda message, **_: said.append(message))
+    config = json.loads(read_backbone(path).facts["config"]) | changes
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        backbone = MODELS.build(
+            config | {"init_cfg": dict(type="Pretrained", checkpoint=str(path))}
+        )
+        backbone.init_weights()
+    return backbone, said[0]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_student_begins_with_the_file_every_key_accounted_for(
+    dino: Path, convert: Convert, suffix: str, monkeypatch, capsys
+):
+    out = convert(dino, f"student{suffix}")
+    said = capsys.readouterr().out
+    assert "26 of 26 tensors from Dinov2Model (transformers 5" in said
+    assert "matched" in said and "blocks.*.mlp.fc1.weight" in said and "unused" in said
+    assert "embeddings.cls_token" in said and "normalization of images" not in said
+    file = read_backbone(out)
+    assert file.is_intact and file.facts["source"] == "dino"
+    config = json.loads(file.facts["config"])
+    assert config["mixer"] == "cgspn" and config["gelu"] == "none" and config["norm_eps"] == 1e-6
+    assert config["arch"] == dict(
+        embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64, latent_dims=32
+    )
+    assert json.loads(file.facts["tensors_of_source"])["blocks.*.norm1.weight"] == 3
+    student, message = begun(out, monkeypatch, img_size=64)
+    count = len(student.state_dict())
+    assert f"loaded {count} of {count} tensors of CGSPN" in message and "rest" not in message
+    teacher = TransformersTeacher(dino)
+    for index, block in enumerate(student.blocks):
+        assert torch.equal(block.norm2.weight, teacher.find("norm2.weight", index))
+        scale = teacher.find("layer_scale2.lambda1", index)
+        expected = teacher.find("mlp.fc2.weight", index) * scale[:, None]
+        torch.testing.assert_close(block.mlp.fc2.weight, expected)
+        assert block.mixer.coefficients.weight.std() > 0.01
+    assert student(torch.zeros(1, 3, 8, 12))[0].shape == (1, 32, 2, 3)
+
+
+def test_what_is_random_is_so_by_its_seed(encoder: Path, convert: Convert):
+    files = [read_backbone(convert(encoder, f"{n}.pth", "--seed", n)) for n in (3, 4)]
+    again = read_backbone(convert(encoder, "again.pth", "--seed", 3))
+    assert again.sha256 == files[0].sha256 != files[1].sha256
+    mixers = {key for key, value in again.tensors.items() if ".mixer" in key and value.std() > 0}
+    for key, value in files[1].tensors.items():
+        differs = not torch.equal(value, again.tensors[key])
+        assert not differs or key in mixers
+
+
+def test_the_teachers_normalization_can_be_kept(dino: Path, convert: Convert, capsys):
+    half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    (dino / "preprocessor_config.json").write_text(json.dumps(half))
+    folded = read_backbone(convert(dino, "folded.pth"))
+    assert "normalization of images: the teacher's is folded" in capsys.readouterr().out
+    kept = read_backbone(convert(dino, "kept.pth", "--keep-normalization"))
+    assert "data_preprocessor: mean=[127.5, 127.5, 127.5]" in capsys.readouterr().out
+    assert json.loads(kept.facts["image_std"]) == [127.5] * 3
+    assert json.loads(folded.facts["image_std"]) == [58.395, 57.12, 57.375]
+    own = TransformersTeacher(dino).patch_kernel()
+    key = "patch_embed.projection.weight"
+    torch.testing.assert_close(kept.tensors[key], own[0])
+    assert not torch.allclose(folded.tensors[key], own[0])
+    # As a teacher of its own, such a file says what its images are.
+    chained = read_backbone(convert(convert(dino, "a.pth", "--keep-normalization"), "b.pth"))
+    torch.testing.assert_close(chained.tensors[key], folded.tensors[key])
+
+
+def test_a_students_config_decides(dino: Path, convert: Convert, tmp_path: Path, capsys):
+    config = tmp_path / "student.py"
+    config.write_text(CONFIG)
+    file = read_backbone(convert(dino, "student.pth", config))
+    said = capsys.readouterr().out
+    assert "4 to 8 pixels a side (pseudo-inverse)" in said
+    assert json.loads(file.facts["config"])["patch_size"] == 8
+    assert file.tensors["pos_embed"].shape == (1, 4, 4, 32)
+    teacher = TransformersTeacher(dino)
+    scale = teacher.find("layer_scale1.lambda1", 1)
+    expected = teacher.find("attention.o_proj.weight", 1) * scale[:, None]
+    torch.testing.assert_close(file.tensors["blocks.1.mixer.proj.weight"], expected)
+    with pytest.raises(ValueError, match=r"GELU is gelu='none', the student's gelu='tanh'; set"):
+        convert(dino, "x.pth", config, "--cfg-options", "model.backbone.gelu=tanh")
+    with pytest.raises(ValueError, match=r"the config's model has no 'student' with a type"):
+        convert(dino, "x.pth", config, "--prefix", "student")
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_weights_of_timm_are_named(convert: Convert, tmp_path: Path):
+    library("timm")
+    make_teacher("timm-vit", tmp_path)
+    options = [f"{key}={value}" for key, value in TIMM_OPTIONS.items()]
+    weights = tmp_path / "model.safetensors"
+    out = convert(weights, "student.pth", "--timm", TIMM["timm-vit"], "--timm-options", *options)
+    assert read_backbone(out).facts["source_model"].startswith(f"{TIMM['timm-vit']} (timm 1.")
+
+
+def test_a_size_by_name_and_mixers(encoder: Path, convert: Convert, tmp_path: Path):
+    file = read_backbone(convert(encoder, "lean.pth", "--mixer", "cgspn-lean", "--patch-size", 6))
+    config = json.loads(file.facts["config"])
+    assert (config["mixer"], config["patch_size"], config["img_size"]) == (
+        "cgspn-lean",
+        6,
+        [24, 24],
+    )
+    with pytest.raises(ValueError, match=r"the student has 192 channels .*, the teacher 32"):
+        convert(encoder, "x.pth", "--arch", "tiny")
+
+
+def test_what_does_not_match_is_refused_and_nothing_written(
+    encoder: Path, convert: Convert, tmp_path: Path
+):
+    config = tmp_path / "slim.py"
+    config.write_text(CONFIG.replace("channels=64", "channels=40"))
+    gelu = ("--cfg-options", "model.backbone.gelu=tanh")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"would fill 22 of the 31 .*\(71%, at least 90%"):
+        convert(encoder, "x.pth", config, *gelu)
+    (tmp_path / "plain.pth").write_bytes(b"")
+    for teacher, name, match, kind in (
+        ("nowhere", "x.pth", r"nowhere does not exist", FileNotFoundError),
+        (tmp_path, "x.pth", r"has no config.json|transformers", (FileNotFoundError, ImportError)),
+        (encoder, "x.bin", r"OUT: expected a file that ends in .safetensors or .pth", ValueError),
+        (encoder, "encoder.safetensors", r"OUT: .* is TEACHER itself", ValueError),
+        (encoder, "plain.pth", r"plain.pth exists; pass --force", ValueError),
+        (config, "x.pth", r"slim.py", CheckpointError),
+    ):
+        with pytest.raises(kind, match=match):
+            convert(teacher, name)
+    (tmp_path / "plain.pth").unlink()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    out = convert(encoder, "x.pth", config, *gelu, "--min-match", 0.6)
+    assert read_backbone(out).tensors["blocks.0.mlp.fc1.weight"].shape == (40, 32)
+
+
+def test_a_file_of_unknown_kind_is_explained(convert: Convert, tmp_path: Path):
+    torch.save({"weight": torch.ones(1)}, tmp_path / "vit.pth")
+    with pytest.raises(CheckpointError, match=r"not a backbone file, (.|\n)*need --timm NAME"):
+        convert(tmp_path / "vit.pth", "x.pth")
+
+
+def test_options_that_would_be_ignored_are_refused(convert: Convert, capsys):
+    for options in (
+        ("--cfg-options", "model.backbone.gelu=tanh"),
+        ("config.py", "--mixer", "attention"),
+        ("--timm-options", "img_size=32"),
+    ):
+        with pytest.raises(SystemExit):
+            convert("teacher", "x.pth", *options)
+        assert "error: --" in capsys.readouterr().err
