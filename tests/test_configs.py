@@ -26,7 +26,12 @@ DATASETS = dict(ade20k="ADE20KDataset", camvid="CamVidDataset")
 
 pytestmark = pytest.mark.usefixtures("mmseg_scope")
 
+DISTILLATION = [path for path in COMPLETE if path.parent.name == "distillation"]
+SEGMENTORS = [path for path in COMPLETE if path not in DISTILLATION]
+
 each_config = pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
+each_segmentor = pytest.mark.parametrize("path", SEGMENTORS, ids=lambda path: path.stem)
+each_distillation = pytest.mark.parametrize("path", DISTILLATION, ids=lambda path: path.stem)
 each_named_config = pytest.mark.parametrize(
     "path", sorted(CONFIGS.glob("cgspn/*.py")), ids=lambda path: path.stem
 )
@@ -37,7 +42,7 @@ def crop_of(cfg: Config) -> tuple[int, int]:
     return tuple(crop)
 
 
-@each_config
+@each_segmentor
 def test_the_model_builds_and_its_parts_fit(path):
     cfg = Config.fromfile(path)
     with torch.device("meta"):
@@ -58,7 +63,22 @@ def test_the_schedule_ends_with_the_training_and_scores_the_last_weights(path):
     assert [phase.end for phase in phases[:-1]] == [phase.begin for phase in phases[1:]]
     assert phases[-1].end == iterations
     assert iterations % cfg.train_cfg.val_interval == 0
-    assert cfg.default_hooks.checkpoint.save_best == "mIoU"
+    best = cfg.default_hooks.checkpoint
+    if path in DISTILLATION:
+        assert best.save_best in ("mixer/error_mean", "block/error_mean") and best.rule == "less"
+    else:
+        assert best.save_best == "mIoU"
+
+
+@each_distillation
+def test_a_distillation_builds_and_the_names_of_its_errors_exist(path):
+    cfg = Config.fromfile(path)
+    cfg.model.teacher.checkpoint = None  # weights are not shipped
+    model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        (found,) = model(torch.rand(1, 3, 96, 64), mode="predict")
+    assert cfg.default_hooks.checkpoint.save_best.split("/")[0] in found
+    assert all(len(values["cosine"]) == 12 for values in found.values())
 
 
 @each_named_config

@@ -7,13 +7,15 @@ from pathlib import Path
 from cgspn_seg.engine import launch
 from cgspn_seg.visualization.curves import draw_curves
 from cgspn_seg.visualization.files import write_bytes
+from cgspn_seg.visualization.layer_curves import draw_layer_curves, has_layers
 from cgspn_seg.visualization.training_log import read_training_log
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Draw loss, learning rate, mIoU and per-class IoU of training runs, logged by "
-        "these tools or by MMSegmentation's own; several runs are overlaid"
+        "these tools or by MMSegmentation's own; several runs are overlaid. Of one distillation, "
+        "draw how close each layer is to the teacher's"
     )
     parser.add_argument("logs", nargs="+", help="work folders, or log files (.json, .log)")
     parser.add_argument("--out", required=True, help="the picture to write (.png)")
@@ -32,7 +34,10 @@ def main() -> None:
         )
     runs = [read_training_log(path) for path in args.logs]
     labels = args.labels or [run.name for run in runs]
-    write_bytes(out, draw_curves(runs, labels))
+    if len(runs) == 1 and has_layers(runs[0]):
+        write_bytes(out, draw_layer_curves(runs[0], labels[0]))
+    else:
+        write_bytes(out, draw_curves(runs, labels))
     for run, label in zip(runs, labels, strict=True):
         parts = ", ".join(f"{name} (iterations {low}-{high})" for name, low, high in run.parts)
         print(f"{label}: {len(run.validations)} validations; {parts}")

@@ -12,6 +12,7 @@ import mmcv
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
+from mmengine.dataset import BaseDataset
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
@@ -24,9 +25,9 @@ from cgspn_seg.datasets.errors import DataError, check_label_shape, listing, unr
 IGNORED = 255  # what mmseg's loader makes of a zero label and of a class left out
 
 
-def leaf_datasets(dataset: object) -> Iterator[BaseSegDataset]:
+def leaf_datasets(dataset: object) -> Iterator[BaseDataset]:
     """Go through RepeatDataset, ConcatDataset and other wrappers to the datasets inside."""
-    if isinstance(dataset, BaseSegDataset):
+    if isinstance(dataset, BaseDataset):
         yield dataset
     elif hasattr(dataset, "datasets"):
         for part in dataset.datasets:

@@ -21,11 +21,19 @@ _RESUMED_LINE = re.compile(r"resumed epoch: \d+, iter: (\d+)")
 
 @dataclass
 class Validation:
-    """What one validation found: metrics in percent, and per metric the values of the classes."""
+    """What one validation found.
+
+    Attributes:
+        step: The iteration.
+        metrics: In percent.
+        per_class: By metric, the values of the classes.
+        per_layer: By what distillation compares, such as `mixer/error`, the values of the layers.
+    """
 
     step: int
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+    per_layer: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -136,10 +144,12 @@ def _read_scalars(name: str, path: Path) -> TrainingLog:
         if "loss" in record:
             last = record["step"] = int(record.get("step", record.get("iter", last)))
             part.train.append(record)
-        elif metrics := _metrics(record):
+            continue
+        metrics, per_layer = _metrics(record), _per_layer(record)
+        if metrics or per_layer:
             # Epoch-based runs log validations by epoch, so by a smaller number.
             step = max(last, int(record.get("step", 0)))
-            part.validations.append(Validation(step, metrics))
+            part.validations.append(Validation(step, metrics, per_layer=per_layer))
     return part
 
 
@@ -149,6 +159,15 @@ def _metrics(record: dict[str, Any]) -> dict[str, float]:
         for key, value in record.items()
         if re.fullmatch(r"(?:.*/)?(?:aAcc|m[A-Z]\w+)", key) and isinstance(value, int | float)
     }
+
+
+def _per_layer(record: dict[str, Any]) -> dict[str, list[float]]:
+    """Collect what DistillationMetric returned."""
+    found: dict[str, list[float]] = {}
+    for key in sorted(record):
+        if match := re.fullmatch(r"(\w+/(?:error|cosine))_\d+", key):
+            found.setdefault(match[1], []).append(float(record[key]))
+    return found
 
 
 def _read_text(name: str, path: Path) -> TrainingLog:
@@ -165,9 +184,13 @@ def _read_text(name: str, path: Path) -> TrainingLog:
             part.train.append({**_pairs(found[4]), "step": last})
         elif found := _RESUMED_LINE.search(line):
             last = int(found[1])
-        elif (found := _SUMMARY_LINE.search(line)) and (metrics := _metrics(_pairs(found[4]))):
+        elif found := _SUMMARY_LINE.search(line):
+            pairs = _pairs(found[4])
+            metrics, per_layer = _metrics(pairs), _per_layer(pairs)
+            if not metrics and not per_layer:
+                continue
             if found[1] == "val":
-                part.validations.append(Validation(last, metrics, _per_class(rows)))
+                part.validations.append(Validation(last, metrics, _per_class(rows), per_layer))
             rows = []
     return part
 

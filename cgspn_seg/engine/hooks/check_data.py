@@ -3,6 +3,7 @@
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmseg.datasets import BaseSegDataset
 from mmseg.registry import HOOKS
 
 from cgspn_seg.datasets.checks import check_labels, check_num_classes, check_pairs, leaf_datasets
@@ -56,6 +57,8 @@ class CheckDataHook(Hook):
         if is_main_process():
             try:
                 for leaf in leaf_datasets(dataset):
+                    if not isinstance(leaf, BaseSegDataset):
+                        continue  # has no labels
                     check_num_classes(leaf, name, runner.model)
                     check_pairs(leaf, name, runner.logger)
                     if self.max_seconds != 0:

@@ -1,0 +1,37 @@
+# CamVid's images without their labels, for distillation; augmented as for training on the labels.
+dataset_type = "ImageFolderDataset"
+data_root = "{{$CGSPN_DATA:data}}/camvid/images"
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="RandomResize", scale=(480, 360), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(360, 480)),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(480, 360)),
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type=dataset_type, data_root=data_root, folders="training", pipeline=train_pipeline
+    ),
+)
+val_dataloader = dict(
+    batch_size=16,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type=dataset_type, data_root=data_root, folders="validation", pipeline=test_pipeline
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="DistillationMetric")
+test_evaluator = val_evaluator

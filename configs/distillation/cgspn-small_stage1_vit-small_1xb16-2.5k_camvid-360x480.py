@@ -1,0 +1,19 @@
+# Stage 1: each mixer learns its teacher's attention. The teacher is the backbone of
+# configs/cgspn/vit-small_upernet_1xb16-2.5k_camvid-360x480.py, taken out by tools/export_backbone.py.
+_base_ = [
+    "../_base_/models/distiller_cgspn.py",
+    "../_base_/datasets/camvid_images.py",
+    "../_base_/schedules/schedule_distill_2.5k.py",
+    "../_base_/default_runtime.py",
+]
+model = dict(
+    type="ModulewiseDistiller",
+    data_preprocessor=dict(size=(384, 480)),
+    teacher=dict(
+        type="EncoderTeacher",
+        encoder=dict(type="CGSPN", arch="small", mixer="attention", img_size=(384, 480)),
+        checkpoint="pretrained/vit-small_camvid.safetensors",
+    ),
+    student=dict(arch="small"),
+)
+randomness = dict(seed=0)
