@@ -97,19 +97,22 @@ def shrunken() -> Callable[[Path], Any]:
         from mmengine.config import Config
 
         cfg = Config.fromfile(path)
-        cfg.model.backbone.update(
-            arch=dict(
+        if cfg.model.backbone.type == "CGSPN":
+            arch = dict(
                 embed_dims=16,
                 num_layers=4,
                 num_heads=2,
                 feedforward_channels=32,
                 latent_dims=8,
-            ),
-            out_indices=(0, 1, 2, 3),
-        )
-        cfg.model.neck.embed_dim = 16
-        cfg.model.decode_head.update(in_channels=[16] * 4, channels=16)
-        cfg.model.auxiliary_head.update(in_channels=16, channels=16)
+            )
+            cfg.model.neck.embed_dim = 16
+            in_channels = [16] * 4
+        else:
+            arch = dict(embed_dims=8, depths=[1, 1, 1, 1], latent_dims=4)
+            in_channels = [8, 16, 32, 64]
+        cfg.model.backbone.update(arch=arch, out_indices=(0, 1, 2, 3))
+        cfg.model.decode_head.update(in_channels=in_channels, channels=16)
+        cfg.model.auxiliary_head.update(in_channels=in_channels[2], channels=16)
         for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
             loader.update(num_workers=0, persistent_workers=False)
         return cfg

@@ -4,8 +4,10 @@ import re
 import warnings
 from pathlib import Path
 
+import mmseg
 import pytest
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.runner import Runner
@@ -14,13 +16,20 @@ from mmseg.registry import MODELS
 
 from cgspn_seg import compat
 from cgspn_seg.datasets import check_data_paths
-from cgspn_seg.models import CGSPN
+from cgspn_seg.models.backbones.base import Encoder
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 COMPLETE = sorted(p for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
 NAME = re.compile(
-    r"(?P<mixer>cgspn|vit)-(?P<arch>[a-z0-9]+)_upernet_(?P<gpus>\d+)xb(?P<batch>\d+)"
+    r"(?P<family>cgspn|vit|gspn|gspn2)-(?P<arch>[a-z0-9]+)(-p(?P<patch>\d+))?"
+    r"_upernet_(?P<gpus>\d+)xb(?P<batch>\d+)"
     r"-(?P<thousands>[\d.]+)k_(?P<data>ade20k|camvid)-(?P<height>\d+)x(?P<width>\d+)"
+)
+FAMILIES = dict(
+    cgspn=dict(type="CGSPN", mixer="cgspn"),
+    vit=dict(type="CGSPN", mixer="attention"),
+    gspn=dict(type="GSPN"),
+    gspn2=dict(type="GSPN2"),
 )
 DATASETS = dict(ade20k="ADE20KDataset", camvid="CamVidDataset")
 
@@ -33,7 +42,7 @@ each_config = pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.st
 each_segmentor = pytest.mark.parametrize("path", SEGMENTORS, ids=lambda path: path.stem)
 each_distillation = pytest.mark.parametrize("path", DISTILLATION, ids=lambda path: path.stem)
 each_named_config = pytest.mark.parametrize(
-    "path", sorted(CONFIGS.glob("cgspn/*.py")), ids=lambda path: path.stem
+    "path", [p for p in SEGMENTORS if p.parent.name != "demo"], ids=lambda path: path.stem
 )
 
 
@@ -49,7 +58,7 @@ def test_the_model_builds_and_its_parts_fit(path):
         model = MODELS.build(cfg.model).eval()
         size = cfg.model.data_preprocessor.size
         logits = model(torch.empty(2, 3, *size), mode="tensor")
-    assert isinstance(model.backbone, CGSPN)
+    assert isinstance(model.backbone, Encoder)
     assert logits.shape[:2] == (2, model.decode_head.num_classes)
     assert model.auxiliary_head.num_classes == model.decode_head.num_classes
 
@@ -109,11 +118,10 @@ def test_the_name_says_what_is_inside(path):
     name = NAME.fullmatch(path.stem)
     assert name, f"{path.name} does not follow the scheme {NAME.pattern}"
     cfg = Config.fromfile(path)
-    assert cfg.model.backbone.arch == name["arch"]
-    assert (
-        cfg.model.backbone.get("mixer", "cgspn")
-        == dict(cgspn="cgspn", vit="attention")[name["mixer"]]
-    )
+    backbone, family = cfg.model.backbone, FAMILIES[name["family"]]
+    assert (backbone.type, backbone.arch) == (family["type"], name["arch"])
+    assert backbone.get("mixer", "cgspn") == family.get("mixer", "cgspn")
+    assert backbone.get("patch_size", 16) == int(name["patch"] or 16)
     assert cfg.model.decode_head.type == "UPerHead"
     assert cfg.train_dataloader.batch_size == int(name["batch"])
     assert cfg.train_cfg.max_iters == float(name["thousands"]) * 1000
@@ -127,13 +135,21 @@ def test_each_size_has_its_ade20k_configs(arch, crop):
     assert (CONFIGS / f"cgspn/cgspn-{arch}_upernet_8xb2-80k_ade20k-{crop}.py").is_file()
 
 
+@pytest.mark.parametrize("family", ["gspn", "gspn2"])
+@pytest.mark.parametrize("arch", ["tiny", "small", "base"])
+def test_each_size_of_the_hierarchical_encoders_has_its_ade20k_config(family, arch):
+    name = f"{family}-{arch}_upernet_8xb2-160k_ade20k-512x512.py"
+    assert (CONFIGS / family / name).is_file()
+
+
 @each_named_config
 def test_features_come_from_four_depths_that_end_with_the_last_layer(path):
     with torch.device("meta"):
         encoder = MODELS.build(Config.fromfile(path).model.backbone)
     assert len(encoder.out_indices) == 4
     assert list(encoder.out_indices) == sorted(encoder.out_indices)
-    assert encoder.out_indices[-1] == len(encoder.blocks) - 1
+    depth = len(encoder.stages if hasattr(encoder, "stages") else encoder.blocks)
+    assert encoder.out_indices[-1] == depth - 1
 
 
 def test_the_camvid_recipe_is_that_of_the_baselines():
@@ -172,6 +188,56 @@ def test_the_isomorphic_vit_differs_in_its_mixer_alone():
     )
     assert vit.model.backbone.pop("mixer") == "attention"
     assert vit.to_dict() == cgspn.to_dict()
+
+
+def test_the_ade20k_recipe_of_the_hierarchical_encoders_is_that_of_swin():
+    upstream = Path(mmseg.__file__).parent / ".mim/configs/swin"
+    if not upstream.is_dir():
+        pytest.skip("this mmsegmentation was installed without its configs")
+    swin = Config.fromfile(
+        upstream / "swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
+    )
+    gspn = Config.fromfile(CONFIGS / "gspn/gspn-tiny_upernet_8xb2-160k_ade20k-512x512.py")
+    for part in ("decode_head", "auxiliary_head"):
+        assert gspn.model[part] == swin.model[part]
+    assert gspn.optim_wrapper.optimizer == swin.optim_wrapper.optimizer
+    assert gspn.param_scheduler == swin.param_scheduler
+    assert gspn.train_cfg == swin.train_cfg
+    assert gspn.train_dataloader.batch_size == swin.train_dataloader.batch_size
+    pipelines = (cfg.train_dataloader.dataset.pipeline for cfg in (gspn, swin))
+    crops, resizes = zip(*((p[3], p[2]) for p in pipelines), strict=True)
+    assert crops[0].crop_size == crops[1].crop_size
+    for key in ("scale", "ratio_range", "keep_ratio"):
+        assert resizes[0][key] == resizes[1][key]
+
+
+def test_the_hierarchical_encoders_train_on_camvid_by_the_recipe_of_the_others():
+    plain, *hierarchical = (
+        Config.fromfile(CONFIGS / f"{name}_upernet_1xb16-2.5k_camvid-360x480.py")
+        for name in ("cgspn/cgspn-small", "gspn/gspn-tiny", "gspn2/gspn2-tiny")
+    )
+    for cfg in hierarchical:
+        cfg.model, model = plain.model, cfg.model
+        assert cfg.to_dict() == plain.to_dict()
+        assert model.data_preprocessor == plain.model.data_preprocessor
+        assert model.backbone.drop_path_rate == plain.model.backbone.drop_path_rate
+        assert model.decode_head.channels == plain.model.decode_head.channels
+
+
+@pytest.mark.parametrize("family", ["gspn", "gspn2"])
+def test_a_metafile_lists_the_configs_of_its_folder_and_no_results(family):
+    content = yaml.safe_load((CONFIGS / family / "metafile.yml").read_text(encoding="utf-8"))
+    paths = {str(p.relative_to(CONFIGS.parent)) for p in (CONFIGS / family).glob("*.py")}
+    assert {model["Config"] for model in content["Models"]} == paths
+    for model in content["Models"]:
+        assert model["Name"] == Path(model["Config"]).stem
+        assert "Results" not in model and "Weights" not in model
+        cfg = Config.fromfile(CONFIGS.parent / model["Config"])
+        gpus, batch = re.search(r"_(\d+)xb(\d+)-", model["Name"]).groups()
+        assert model["Metadata"]["Batch Size"] == int(gpus) * cfg.train_dataloader.batch_size
+        assert int(batch) == cfg.train_dataloader.batch_size
+    readme = (CONFIGS / family / "README.md").read_text(encoding="utf-8")
+    assert all(Path(p).name in readme for p in paths)
 
 
 def test_mmsegs_inference_api_takes_a_config(shrunken, tmp_path):

@@ -10,12 +10,12 @@ from functools import cache, partial
 
 import torch
 from benchmark_contenders import ATTENTION, HYBRID, Contender, build_contender
-from benchmark_flops import count_flops
 from benchmark_timing import Call, event_ms, graph_ms, host_ms, rotation
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from cgspn_seg.models import Architecture
+from cgspn_seg.ops.flops import count_flops
 from cgspn_seg.ops.fused import fused_kernels
 
 MIN_RUNS = 3

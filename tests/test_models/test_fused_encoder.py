@@ -18,8 +18,8 @@ pytestmark = [
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
 
-ARCH = Architecture(32, 3, 4, 64, 8)
-MIXERS = ["cgspn", "cgspn-lean", "attention"]
+ARCH = Architecture(32, 4, 4, 64, 8)
+MIXERS = ["cgspn", "cgspn-lean", "gspn", "attention"]
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from cgspn_seg.models import ARCHITECTURES, CGSPN
 from cgspn_seg.models.backbones.plain import resize_pos_embed
 
 TINY = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=32, latent_dims=8)
-MIXERS = ["cgspn", "cgspn-lean", "attention"]
+MIXERS = ["cgspn", "cgspn-lean", "gspn", "gspn2", "attention"]
 
 
 def build(**options) -> CGSPN:
@@ -212,8 +212,8 @@ def test_an_image_smaller_than_a_patch_is_refused():
         (dict(local_perception="mixer"), ValueError, "subset of .*got 'mixer'"),
         (dict(drop_path_rate=1.0), ValueError, r"must be in \[0, 1\); got 1.0"),
         (dict(patch_size=0), ValueError, "patch_size must be a positive integer; got 0"),
-        (dict(out_indices=()), ValueError, r"a sequence of block indices; got \(\)"),
-        (dict(out_indices=2), ValueError, "a sequence of block indices; got 2"),
+        (dict(out_indices=()), ValueError, r"a sequence of indices of layers; got \(\)"),
+        (dict(out_indices=2), ValueError, "a sequence of indices of layers; got 2"),
         (dict(frozen_stages="1"), ValueError, "got '1'"),
         (dict(mixer=dict(type="cgspn", segment_length=0)), ValueError, "segment_length must be"),
         (dict(mixer=dict(type="cgspn", latent_dims=0)), ValueError, "latent_dims must be"),

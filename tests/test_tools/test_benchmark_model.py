@@ -110,7 +110,8 @@ def test_a_mode_is_what_it_says(parsed, mode, dtype):
 def flops(spec: str, train: bool, grid: int = GRID) -> int:
     """As a block's row has them."""
     from benchmark_contenders import Contender, build_contender
-    from benchmark_flops import count_flops
+
+    from cgspn_seg.ops.flops import count_flops
 
     with torch.device("meta"):
         block = build_contender("block", Contender(spec), ARCH, 16, 16 * grid)
@@ -141,7 +142,7 @@ class Scan(nn.Module):
 
 
 def test_shared_coefficients_are_normalized_once(benchmark_tool):
-    from benchmark_flops import count_flops
+    from cgspn_seg.ops.flops import count_flops
 
     x = torch.empty(2, 5, 4, C, device="meta")
     assert count_flops(Scan(), x, train=False) == 2 * 5 * 4 * 2 * (7 * C + 14)
@@ -174,7 +175,10 @@ def test_options_reach_the_mixer_and_the_block(parsed):
     ("options", "said"),
     [
         (["block", "--mixers", "cgspm"], "got 'cgspm'; did you mean 'cgspn'?"),
-        (["block", "--mixers", "hybrid"], "out of ['attention', 'cgspn', 'cgspn-lean']"),
+        (
+            ["block", "--mixers", "hybrid"],
+            "out of ['attention', 'cgspn', 'cgspn-lean', 'gspn', 'gspn2']",
+        ),
         (["model", "--mixers", "cgspn:latent=3"], "has no option 'latent'"),
         (["model", "--mixers", "hybrid:latent=3"], "has no option 'latent'"),
         (["block", "--mixers", "cgspn:latent_dims=(3"], "expected cgspn:key=value,key=value"),

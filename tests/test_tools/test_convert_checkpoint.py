@@ -15,7 +15,7 @@ from torch import nn
 from cgspn_seg.checkpoints import CheckpointError, pretrained
 from cgspn_seg.checkpoints.export import read_backbone
 from cgspn_seg.checkpoints.loading import _FORCE_WEIGHTS_ONLY
-from cgspn_seg.models import TransformersTeacher
+from cgspn_seg.models.distillation import TransformersTeacher
 from tests.test_models.test_distillation.teachers import (
     ENCODER,
     TIMM,

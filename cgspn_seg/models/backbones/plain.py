@@ -1,19 +1,17 @@
 """The plain encoder: patch embedding and N blocks, with any token mixer per layer."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.model import BaseModule
 from mmseg.models.utils import PatchEmbed
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from cgspn_seg.errors import closest, require_positive_int
+from cgspn_seg.errors import require_positive_int
 from cgspn_seg.models.arch import Architecture, resolve_architecture
+from cgspn_seg.models.backbones.base import Encoder, drop_path_rates, refuse_unknown
 from cgspn_seg.models.backbones.block import Block
 from cgspn_seg.models.mixers import build_mixer, mixer_configs
 from cgspn_seg.models.mixers.registry import MixerConfig
@@ -22,7 +20,7 @@ LOCAL_PERCEPTION_PLACES = ("mixer", "mlp")
 
 
 @MODELS.register_module()
-class CGSPN(BaseModule):
+class CGSPN(Encoder):
     """ViT-shaped encoder whose mixers propagate instead of attending (C-GSPN).
 
     With ``mixer='attention'`` it is the isomorphic ViT, with a list of mixers a hybrid. There is no
@@ -36,8 +34,8 @@ class CGSPN(BaseModule):
         in_channels: channels of the image.
         img_size: (height, width), or the side of a square, in pixels, of the images that the
             positional embedding's grid is made for.
-        mixer: "cgspn", "cgspn-lean", "attention", a dict of one of them with options, or a list
-            with one per layer.
+        mixer: "cgspn", "cgspn-lean", "gspn", "gspn2", "attention", a dict of one of them with
+            options, or a list with one per layer.
         local_perception: where blocks have a local perception unit, a subset of ("mixer", "mlp");
             None leaves it to each layer's mixer.
         out_indices: blocks whose outputs are returned, counted from 0; negative ones count from the
@@ -76,28 +74,22 @@ class CGSPN(BaseModule):
         init_cfg: Mapping | Sequence[Mapping] | None = None,
         **unknown: Any,
     ) -> None:
-        if unknown:
-            known = list(inspect.signature(CGSPN).parameters)[:-1]
-            name = next(iter(unknown))
-            raise TypeError(
-                f"CGSPN has no argument {name!r}; it takes {known}{closest(name, known)}"
-            )
-        super().__init__(init_cfg=init_cfg)
-        self.arch = resolve_architecture(arch)
-        dims, depth = self.arch.embed_dims, self.arch.num_layers
+        refuse_unknown(CGSPN, unknown)
+        arch = resolve_architecture(arch)
+        dims, depth = arch.embed_dims, arch.num_layers
         require_positive_int("patch_size", patch_size)
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be in [0, 1); got {drop_path_rate}")
-        if gelu not in ("tanh", "none"):
-            raise ValueError(f"gelu must be 'tanh' or 'none'; got {gelu!r}")
+        super().__init__(
+            depth,
+            "layers",
+            out_indices=out_indices,
+            drop_path_rate=drop_path_rate,
+            gelu=gelu,
+            with_cp=with_cp,
+            frozen_stages=frozen_stages,
+            init_cfg=init_cfg,
+        )
+        self.arch = arch
         self.patch_size = patch_size
-        self.with_cp = with_cp
-        self.out_indices = _resolve_out_indices(out_indices, depth)
-        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= depth:
-            raise ValueError(
-                f"frozen_stages must lie between -1 and the {depth} layers; got {frozen_stages!r}"
-            )
-        self.frozen_stages = frozen_stages
         places = () if local_perception is None else local_perception
         if isinstance(places, str) or not set(places) <= set(LOCAL_PERCEPTION_PLACES):
             raise ValueError(
@@ -106,7 +98,6 @@ class CGSPN(BaseModule):
 
         self.patch_embed = PatchEmbed(in_channels, dims, kernel_size=patch_size, stride=patch_size)
         mixers = [build_mixer(config, self.arch) for config in mixer_configs(mixer, depth)]
-        drop_paths = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             Block(
                 self.arch,
@@ -116,7 +107,7 @@ class CGSPN(BaseModule):
                 gelu,
                 norm_eps,
             )
-            for m, drop_path in zip(mixers, drop_paths, strict=True)
+            for m, drop_path in zip(mixers, drop_path_rates(drop_path_rate, depth), strict=True)
         )
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         grid = [max(side // patch_size, 1) for side in sides]
@@ -125,8 +116,9 @@ class CGSPN(BaseModule):
         self.out_norms = nn.ModuleList(
             nn.LayerNorm(dims, eps=1e-6) if out_norm else nn.Identity() for _ in self.out_indices
         )
-        self._reset_parameters()
-        self._freeze()
+        self._finish()
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Features of (B, in_channels, H, W) images.
@@ -175,52 +167,19 @@ class CGSPN(BaseModule):
             x: (B, H, W, C).
             **options: see :meth:`cgspn_seg.models.backbones.block.Block.forward`.
         """
-        block = self.blocks[index]
-        if self.with_cp and torch.is_grad_enabled() and index >= self.frozen_stages:
-            return checkpoint(block, x, use_reentrant=False, **options)
-        return block(x, **options)
+        return self._run(self.blocks[index], x, frozen=index < self.frozen_stages, **options)
 
-    def train(self, mode: bool = True) -> "CGSPN":
-        """Sets training mode; frozen parts stay in evaluation mode."""
-        super().train(mode)
-        self._freeze()
-        return self
+    def _blocks(self) -> Sequence[nn.ModuleList]:
+        return [self.blocks]
 
-    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """The depth of a parameter, for layer-wise learning rates.
-
-        Args:
-            param_name: the parameter's name in the whole model.
-            prefix: what stands before this encoder's own names, for example "backbone.".
-
-        Returns:
-            The parameter's layer (0 for the embedding, i + 1 for block i, the number of layers less
-            one for what comes after the blocks and for parameters outside the encoder), and the
-            number of layers.
-        """
-        num_layers = len(self.blocks) + 2
-        name = param_name.removeprefix(prefix) if param_name.startswith(prefix) else ""
+    def _layer_of(self, name: str) -> int | None:
         if name.startswith(("patch_embed.", "pos_embed")):
-            return 0, num_layers
-        if name.startswith("blocks."):
-            return int(name.split(".")[1]) + 1, num_layers
-        return num_layers - 1, num_layers
+            return 0
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else None
 
-    def _reset_parameters(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-        if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
-    def _freeze(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        if self.pos_embed is not None:
-            self.pos_embed.requires_grad_(False)
-        for module in (self.patch_embed, *self.blocks[: self.frozen_stages]):
-            module.eval()
-            module.requires_grad_(False)
+    def _frozen_parts(self) -> Sequence[nn.Module | nn.Parameter]:
+        embedding = [self.patch_embed] + [self.pos_embed] * (self.pos_embed is not None)
+        return [*embedding, *self.blocks[: self.frozen_stages]]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         key = prefix + "pos_embed"
@@ -237,18 +196,3 @@ def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:
         pos_embed.permute(0, 3, 1, 2), size=tuple(size), mode="bicubic", align_corners=False
     )
     return grid.permute(0, 2, 3, 1)
-
-
-def _resolve_out_indices(out_indices: Sequence[int], depth: int) -> tuple[int, ...]:
-    if not isinstance(out_indices, Sequence) or not out_indices:
-        raise ValueError(f"out_indices must be a sequence of block indices; got {out_indices!r}")
-    for index in out_indices:
-        if not -depth <= index < depth:
-            raise ValueError(
-                f"out_indices must lie between {-depth} and {depth - 1} for {depth} layers; "
-                f"got {index}"
-            )
-    resolved = tuple(index % depth for index in out_indices)
-    if len(set(resolved)) != len(resolved):
-        raise ValueError(f"out_indices must not repeat; got {tuple(out_indices)}")
-    return resolved

@@ -2,6 +2,8 @@
 
 from cgspn_seg.models.mixers.attention import AttentionMixer
 from cgspn_seg.models.mixers.cgspn import CGSPNLeanMixer, CGSPNMixer
+from cgspn_seg.models.mixers.gspn import GSPNMixer
+from cgspn_seg.models.mixers.gspn2 import GSPN2Mixer
 from cgspn_seg.models.mixers.registry import MIXERS, build_mixer, mixer_configs
 
 __all__ = [
@@ -9,6 +11,8 @@ __all__ = [
     "AttentionMixer",
     "CGSPNLeanMixer",
     "CGSPNMixer",
+    "GSPN2Mixer",
+    "GSPNMixer",
     "build_mixer",
     "mixer_configs",
 ]

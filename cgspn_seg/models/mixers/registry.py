@@ -15,7 +15,8 @@ MIXERS = Registry("token mixer")
 A class takes an :class:`~cgspn_seg.models.arch.Architecture` and keyword options. Two class
 attributes tell the encoder what it needs around it: ``needs_pos_embed`` (a positional embedding at
 the input) and ``local_perception`` (the places, out of "mixer" and "mlp", that a block has a local
-perception unit by default).
+perception unit by default). A method ``reset_parameters()``, where a mixer has one, runs after the
+encoder's own initialization, which gives all products a standard deviation of 0.02.
 """
 
 MixerConfig = str | Mapping

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cgspn_seg.models import EncoderTeacher, TimmTeacher, TransformersTeacher
-from cgspn_seg.models.distillation import Teacher
+from cgspn_seg.models.distillation import EncoderTeacher, Teacher, TimmTeacher, TransformersTeacher
 
 PATCH, GRID = 4, 4  # pixels a side; patches a side that the positional embeddings are made for
 SIZES = [(16, 16), (12, 20)]  # pixels; the first is that of the grid

@@ -14,8 +14,7 @@ from torch import nn
 
 from cgspn_seg.checkpoints import CheckpointError, protect_checkpoint_loading
 from cgspn_seg.checkpoints.loading import _FORCE_WEIGHTS_ONLY
-from cgspn_seg.models import EncoderTeacher, TimmTeacher, TransformersTeacher
-from cgspn_seg.models.distillation import Teacher
+from cgspn_seg.models.distillation import EncoderTeacher, Teacher, TimmTeacher, TransformersTeacher
 
 from .teachers import (
     ENCODER,

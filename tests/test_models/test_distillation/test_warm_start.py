@@ -7,8 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cgspn_seg.checkpoints import CheckpointError
-from cgspn_seg.models import CGSPN, EncoderTeacher, TimmTeacher, TransformersTeacher
-from cgspn_seg.models.distillation import Teacher, student_config, warm_start
+from cgspn_seg.models import CGSPN
+from cgspn_seg.models.distillation import (
+    EncoderTeacher,
+    Teacher,
+    TimmTeacher,
+    TransformersTeacher,
+    student_config,
+    warm_start,
+)
 from cgspn_seg.models.distillation.patch_kernel import fold_normalization, resize_patch_kernel
 from cgspn_seg.models.distillation.teacher_parts import gelu_kind
 from cgspn_seg.models.distillation.warm_start_report import group_keys
