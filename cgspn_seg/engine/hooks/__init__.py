@@ -1,7 +1,8 @@
 """Hooks; importing this registers them with MMSegmentation."""
 
 from cgspn_seg.engine.hooks.check_data import CheckDataHook
+from cgspn_seg.engine.hooks.cuda_graph import CUDAGraphHook
 from cgspn_seg.engine.hooks.peak_memory import PeakMemoryHook
 from cgspn_seg.engine.hooks.save_subset import SaveSubsetHook
 
-__all__ = ["CheckDataHook", "PeakMemoryHook", "SaveSubsetHook"]
+__all__ = ["CUDAGraphHook", "CheckDataHook", "PeakMemoryHook", "SaveSubsetHook"]

@@ -1,0 +1,149 @@
+"""CUDAGraphHook: the same training, replayed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.structures import PixelData
+from mmseg.models import FCNHead
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from torch import nn
+
+from cgspn_seg import models  # noqa: F401
+from cgspn_seg.engine import CUDAGraphHook
+
+pytestmark = pytest.mark.usefixtures("mmseg_scope")
+
+MODEL = dict(
+    type="mmseg.EncoderDecoder",
+    data_preprocessor=dict(
+        type="mmseg.SegDataPreProcessor", mean=[0.0] * 3, std=[255.0] * 3, size=(32, 48)
+    ),
+    backbone=dict(type="CGSPN", arch="tiny", patch_size=8, out_indices=(2, 5, 8, 11)),
+    neck=dict(type="mmseg.Feature2Pyramid", embed_dim=192, norm_cfg=dict(type="BN")),
+    decode_head=dict(
+        type="mmseg.UPerHead",
+        in_channels=[192] * 4,
+        in_index=[0, 1, 2, 3],
+        channels=16,
+        dropout_ratio=0.0,
+        num_classes=3,
+        norm_cfg=dict(type="BN"),
+    ),
+    auxiliary_head=dict(
+        type="mmseg.FCNHead",
+        in_channels=192,
+        in_index=2,
+        channels=16,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0.0,
+        num_classes=3,
+        norm_cfg=dict(type="BN"),
+    ),
+    test_cfg=dict(mode="whole"),
+)
+
+
+def batch(seed: int, height: int = 32) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(4):
+        sample = SegDataSample()
+        sample.gt_sem_seg = PixelData(
+            data=torch.randint(0, 3, (1, height, 48), generator=generator)
+        )
+        sample.set_metainfo(dict(img_shape=(height, 48), ori_shape=(height, 48)))
+        samples.append(sample)
+    size = (3, height, 48)
+    inputs = [torch.randint(0, 256, size, generator=generator).byte() for _ in samples]
+    return dict(inputs=inputs, data_samples=samples)
+
+
+def train(hook: CUDAGraphHook | None, amp: bool, **changes: object) -> tuple[list, nn.Module]:
+    torch.manual_seed(0)
+    model = MODELS.build({**MODEL, **changes}).cuda().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    wrapper = (
+        AmpOptimWrapper(dtype="bfloat16", optimizer=optimizer) if amp else OptimWrapper(optimizer)
+    )
+    runner = SimpleNamespace(model=model, optim_wrapper=wrapper, logger=SimpleNamespace(info=print))
+    if hook is not None:
+        hook.before_train(runner)
+    losses = []
+    for i in range(6):
+        if hook is not None:
+            hook.before_train_iter(runner, i)
+        losses.append(model.train_step(batch(i), wrapper)["loss"].item())
+    return losses, model
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", [False, True])
+def test_trains_as_without(amp: bool) -> None:
+    expected, plain = train(None, amp)
+    got, replayed = train(CUDAGraphHook(), amp)
+    assert replayed.extract_feat.__name__ == "forward"  # the method was replaced
+    torch.testing.assert_close(got, expected, rtol=2e-2 if amp else 1e-4, atol=0)
+    states = plain.state_dict(), replayed.state_dict()
+    assert list(states[0]) == list(states[1])
+    tolerance = 0.1 if amp else 0.02  # of products in TF32 and atomic sums, six steps on
+    for name, expected in states[0].items():
+        error = (states[1][name].float() - expected.float()).abs().max()
+        assert error <= tolerance * expected.float().abs().max() + 1e-3, name
+    # Validation, and images of another shape, are computed as before.
+    image = torch.rand(2, 3, 64, 40, device="cuda")
+    with torch.no_grad():
+        logits = [m.decode_head(m.extract_feat(image)) for m in (plain.eval(), replayed.eval())]
+    torch.testing.assert_close(*logits, atol=0.1, rtol=0.1)
+    replayed.train()
+    assert replayed.extract_feat(image)[0].shape == (2, 192, 32, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_numbers_differ_in_every_iteration() -> None:
+    head = {**MODEL["decode_head"], "dropout_ratio": 0.5}
+    _, model = train(CUDAGraphHook(), True, decode_head=head)
+    image = torch.rand(4, 3, 32, 48, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        features = model.extract_feat(image)
+        first = model.decode_head(features).clone()
+        assert not torch.equal(first, model.decode_head(features))
+
+
+@MODELS.register_module()
+class WaitingHead(FCNHead):
+    """Waits for the GPU, which cannot be recorded."""
+
+    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        logits = super().forward(inputs)
+        return logits * (1 if logits.sum().item() > 0 else 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_cannot_be_recorded_is_said() -> None:
+    with pytest.raises(RuntimeError, match=r"cannot be recorded .*--cuda-graph"):
+        train(
+            CUDAGraphHook(),
+            False,
+            auxiliary_head={**MODEL["auxiliary_head"], "type": "WaitingHead"},
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(ValueError, match=r"CUDAGraphHook: there is no GPU"):
+        CUDAGraphHook().before_train(SimpleNamespace(model=nn.Identity()))
+
+
+def test_accumulation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS.build(MODEL)
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), accumulative_counts=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"accumulative_counts is above 1"):
+        CUDAGraphHook().before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
