@@ -1,5 +1,5 @@
 # Stage 1: each mixer learns its teacher's attention. The teacher is the backbone of
-# configs/cgspn/vit-small_upernet_1xb16-2.5k_camvid-360x480.py, taken out by tools/export_backbone.py.
+# vit-small_upernet_1xb16-2.5k_camvid-360x480.py, taken out by tools/export_backbone.py.
 _base_ = [
     "../_base_/models/distiller_cgspn.py",
     "../_base_/datasets/camvid_images.py",

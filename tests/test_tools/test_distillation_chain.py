@@ -11,8 +11,18 @@ from tests.test_tools.conftest import Workshop
 
 pytestmark = pytest.mark.slow
 
-ATTENTION = ("model.backbone.mixer=attention", "model.backbone.img_size=32")
+CONFIG = "configs/demo/cgspn-demo_upernet_1xb8-0.5k_maze-64x64.py"
+ATTENTION = ("model.backbone.mixer=attention",)
+SHORT = (
+    "train_cfg.max_iters=4",
+    "train_cfg.val_interval=2",
+    "param_scheduler.0.end=1",
+    "param_scheduler.1.begin=1",
+    "param_scheduler.1.end=4",
+    "default_hooks.checkpoint.interval=2",
+)
 
+# Beside the demo's own config, as a user's would be.
 STAGE = """
 _base_ = [
     "{configs}/models/distiller_cgspn.py",
@@ -20,31 +30,27 @@ _base_ = [
     "{configs}/schedules/schedule_distill_2.5k.py",
     "{configs}/default_runtime.py",
 ]
-arch = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32, latent_dims=8)
+arch = dict(embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=128, latent_dims=32)
 model = dict(
     type="{stage}",
-    data_preprocessor=dict(mean=[127.5] * 3, std=[60.0] * 3, size=(32, 32)),
+    data_preprocessor=dict(size=(64, 64)),
     teacher=dict(
         type="EncoderTeacher",
-        encoder=dict(type="CGSPN", arch=arch, patch_size=4, mixer="attention", img_size=32),
-        checkpoint="{teacher}", mean=[127.5] * 3, std=[60.0] * 3,
+        encoder=dict(type="CGSPN", arch=arch, patch_size=4, mixer="attention", img_size=64),
+        checkpoint="{teacher}",
     ),
     student=dict(arch=arch, patch_size=4),
 )
 data_root = "{data}"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="RandomCrop", crop_size=(32, 32)),
+    dict(type="RandomFlip", prob=0.5),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [dict(type="LoadImageFromFile"), dict(type="PackSegInputs")]
-loader = dict(num_workers=0, persistent_workers=False)
-train_dataloader = dict(
-    batch_size=2, dataset=dict(data_root=data_root, pipeline=train_pipeline), **loader
-)
-val_dataloader = dict(
-    batch_size=1, dataset=dict(data_root=data_root, pipeline=test_pipeline), **loader
-)
+loader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+train_dataloader = dict(dataset=dict(data_root=data_root, pipeline=train_pipeline), **loader)
+val_dataloader = dict(dataset=dict(data_root=data_root, pipeline=test_pipeline), **loader)
 test_dataloader = val_dataloader
 param_scheduler = [dict(type="PolyLR", power=1.0, begin=0, end=4, by_epoch=False)]
 train_cfg = dict(max_iters=4, val_interval=2)
@@ -53,14 +59,25 @@ custom_hooks = [dict(type="CheckDataHook"), dict(type="SaveSubsetHook"){hooks}]
 """
 
 
-def write_stage(workshop: Workshop, folder: Path, stage: str, teacher: Path, hooks: str = ""):
-    config = folder / f"{stage}.py"
+@pytest.fixture
+def mazes(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A few of the demo's mazes."""
+    monkeypatch.syspath_prepend(str(repository / "tools"))
+    import draw_mazes
+
+    draw_mazes.draw_set(draw_mazes.MazeSet(training=8, validation=3), tmp_path / "mazes")
+    monkeypatch.setenv("CGSPN_DATA", str(tmp_path))
+    return tmp_path / "mazes"
+
+
+def write_stage(workshop: Workshop, data: Path, stage: str, teacher: Path, hooks: str = ""):
+    config = data.parent / f"{stage}.py"
     config.write_text(
         STAGE.format(
             configs=workshop.tools.parent / "configs" / "_base_",
             stage=stage,
             teacher=teacher,
-            data=workshop.images.parent,
+            data=data / "images",
             hooks=hooks,
         )
     )
@@ -71,35 +88,35 @@ def errors_of(work_dir: Path) -> list[float]:
     return read_training_log(work_dir).validations[-1].per_layer["mixer/error"]
 
 
-def test_from_a_teacher_to_a_tested_segmentor(workshop: Workshop, tmp_path: Path) -> None:
+def test_from_a_teacher_to_a_tested_segmentor(workshop: Workshop, mazes: Path) -> None:
+    demo = workshop.tools.parent / CONFIG
+
     def folder(name: str) -> Path:
-        return tmp_path / name
+        return mazes.parent / name
 
     # A teacher that attends, and its encoder.
     options = ("--cfg-options", *ATTENTION)
-    workshop.run("train.py", workshop.config, "--work-dir", folder("vit"), *options)
+    workshop.run("train.py", demo, "--work-dir", folder("vit"), *options, *SHORT)
     teacher = folder("teacher.safetensors")
-    checkpoint = folder("vit") / "iter_8.pth"
-    workshop.run("export_backbone.py", workshop.config, checkpoint, teacher, *options)
+    workshop.run("export_backbone.py", demo, folder("vit") / "iter_4.pth", teacher, *options)
 
     # Stage 1, resumed halfway.
-    first = write_stage(
-        workshop, tmp_path, "ModulewiseDistiller", teacher, ', dict(type="EMAHook")'
-    )
+    ema = ', dict(type="EMAHook")'
+    first = write_stage(workshop, mazes, "ModulewiseDistiller", teacher, ema)
     said = workshop.run("train.py", first, "--work-dir", folder("one"))
-    assert re.search(r"Student from teacher: 18 of 18 tensors", said)
+    assert re.search(r"Student from teacher: 34 of 34 tensors", said)
     assert "Student against teacher, 3 images" in said
     saved = torch.load(folder("one") / "iter_4.pth", weights_only=False)
     assert not any("teacher" in key for key in saved["state_dict"])
     assert not any("teacher" in key for key in saved["ema_state_dict"])
-    assert len(errors_of(folder("one"))) == 2
+    assert len(errors_of(folder("one"))) == 4
     half = folder("one") / "iter_2.pth"
     said = workshop.run("train.py", first, "--work-dir", folder("again"), "--resume", half)
     assert "iter: 2" in said and (folder("again") / "iter_4.pth").is_file()
     workshop.run("plot_log.py", folder("one"), "--out", folder("curves.png"))
 
     # Stage 2, from there.
-    second = write_stage(workshop, tmp_path, "EndToEndDistiller", teacher)
+    second = write_stage(workshop, mazes, "EndToEndDistiller", teacher)
     start = f"load_from={folder('one') / 'iter_4.pth'}"
     said = workshop.run(
         "train.py", second, "--work-dir", folder("two"), "--cfg-options", start,
@@ -114,10 +131,10 @@ def test_from_a_teacher_to_a_tested_segmentor(workshop: Workshop, tmp_path: Path
     checkpoint = folder("two") / "iter_4.pth"
     workshop.run("export_backbone.py", second, checkpoint, student, "--prefix", "student.")
     said = workshop.run(
-        "train.py", workshop.config, "--work-dir", folder("tuned"), "--cfg-options",
+        "train.py", demo, "--work-dir", folder("tuned"), "--cfg-options", *SHORT,
         "model.backbone.init_cfg.type=Pretrained", f"model.backbone.init_cfg.checkpoint={student}",
     )  # fmt: skip
     number = re.search(r"Pretrained: loaded (\d+) of (\d+) tensors of CGSPN", said)
     assert number and number[1] == number[2]
-    said = workshop.run("test.py", workshop.config, folder("tuned") / "iter_8.pth")
+    said = workshop.run("test.py", demo, folder("tuned") / "iter_4.pth")
     assert "mIoU" in said
