@@ -63,8 +63,9 @@ class CUDAGraphHook(Hook):
             with runner.optim_wrapper.optim_context(runner.model):
                 record(runner.model, image)
         except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
             raise RuntimeError(
-                f"CUDAGraphHook: the model cannot be recorded ({error}); train without it "
+                f"CUDAGraphHook: the model cannot be recorded ({reason}); train without it "
                 "(--cuda-graph)"
             ) from error
         runner.logger.info(

@@ -1,14 +1,16 @@
 """Both stages of distillation: what is compared, what learns, what is kept."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from mmengine.optim import OptimWrapper
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from cgspn_seg.models.distillation import Distiller
 from cgspn_seg.models.distillation.losses import unexplained_variance
@@ -246,3 +248,15 @@ def test_images_must_be_normalized() -> None:
                 student=STUDENT,
             )
         )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ddp_waits_for_no_parameter(stage: str, tmp_path: Path) -> None:
+    """In the second step, DDP would refuse parameters that had no gradient in the first."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(build(stage).train())
+        for _ in range(2):
+            sum(wrapped(images(), mode="loss").values()).backward()
+    finally:
+        distributed.destroy_process_group()
