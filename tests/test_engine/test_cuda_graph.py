@@ -62,10 +62,28 @@ def batch(seed: int, height: int = 32) -> dict:
     return dict(inputs=inputs, data_samples=samples)
 
 
+DISTILLER = dict(
+    backbone=None,
+    neck=None,
+    decode_head=None,
+    auxiliary_head=None,
+    test_cfg=None,
+    teacher=dict(
+        type="EncoderTeacher",
+        encoder=dict(type="CGSPN", arch="tiny", patch_size=8, img_size=(32, 48), mixer="attention"),
+    ),
+    student=dict(type="CGSPN", arch="tiny", patch_size=8),
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def train(hook: CUDAGraphHook | None, amp: bool, **changes: object) -> tuple[list, nn.Module]:
     torch.manual_seed(0)
-    model = MODELS.build({**MODEL, **changes}).cuda().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    config = {key: value for key, value in {**MODEL, **changes}.items() if value is not None}
+    model = MODELS.build(config).to(DEVICE).train()
+    model.init_weights()
+    # A student's first losses are large.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5 if "type" in changes else 0.01)
     wrapper = (
         AmpOptimWrapper(dtype="bfloat16", optimizer=optimizer) if amp else OptimWrapper(optimizer)
     )
@@ -115,6 +133,21 @@ def test_random_numbers_differ_in_every_iteration() -> None:
         assert not torch.equal(first, model.decode_head(features))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stage", ["ModulewiseDistiller", "EndToEndDistiller"])
+def test_distillation_trains_as_without(stage: str) -> None:
+    expected, plain = train(None, True, type=stage, **DISTILLER)
+    got, replayed = train(CUDAGraphHook(), True, type=stage, **DISTILLER)
+    assert replayed.loss.__name__ == "forward"  # the method was replaced
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=0)
+    replayed.eval(), plain.eval()
+    image = torch.rand(2, 3, 64, 48, device="cuda")
+    with torch.no_grad():
+        found = [model(image, mode="predict")[0]["mixer"]["cosine"] for model in (replayed, plain)]
+    torch.testing.assert_close(*found, rtol=0, atol=0.02)
+
+
 @MODELS.register_module()
 class WaitingHead(FCNHead):
     """Waits for the GPU, which cannot be recorded."""
@@ -127,7 +160,9 @@ class WaitingHead(FCNHead):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_cannot_be_recorded_is_said() -> None:
-    with pytest.raises(RuntimeError, match=r"cannot be recorded .*--cuda-graph"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot be recorded \(.+\); train without it \(--cuda-graph\)"
+    ):
         train(
             CUDAGraphHook(),
             False,
@@ -147,3 +182,44 @@ def test_accumulation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"accumulative_counts is above 1"):
         CUDAGraphHook().before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(auxiliary_head=None), {"type": "EndToEndDistiller", **DISTILLER}],
+    ids=["segmentor", "one head", "distiller"],
+)
+def test_what_is_replayed_is_put_together_as_it_was(
+    changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same, with the recorded parts called instead of replayed."""
+
+    def called(parts: nn.Module | tuple, args: tuple, **_: object) -> object:
+        several = isinstance(parts, tuple)
+        for part, own in zip(parts, args, strict=True) if several else [(parts, args)]:
+            part(*own)  # as a warm-up
+            # A recording does not call the model's methods, which are replaced by it.
+            if hasattr(part, "head"):
+                forward = part.head.forward
+                recorded.append(lambda *inputs, forward=forward: forward(list(inputs)))
+            elif hasattr(part, "model"):
+                loss = part.model.loss
+                recorded.append(lambda image, loss=loss: tuple(loss(image).values()))
+            else:
+                recorded.append(part)
+        return tuple(recorded) if several else recorded[0]
+
+    expected, plain = train(None, False, **changes)
+    recorded: list = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", called)
+    got, replayed = train(CUDAGraphHook(), False, **changes)
+    assert len(recorded) == (1 if "type" in changes else 3 if not changes else 2)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+    for (name, p), q in zip(
+        plain.state_dict().items(), replayed.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=name)

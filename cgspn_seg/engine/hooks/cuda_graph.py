@@ -1,8 +1,8 @@
-"""The hook that replays a segmentor's training step from CUDA graphs."""
+"""The hook that replays a model's training step from CUDA graphs."""
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,20 +15,24 @@ from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS
 from torch import Tensor, nn
 
+from cgspn_seg.models.distillation import Distiller
+
 
 @HOOKS.register_module()
 class CUDAGraphHook(Hook):
-    """Record encoder, neck and heads, forward and backward, once, and replay them from then on.
+    """Record a model's forward and backward pass once, and replay them from then on.
 
     A small model has some thousand short kernels in a training step, and the GPU waits for Python
-    to launch them. Losses, optimizer and validation run as before. The first iteration is an
-    ordinary one; its images' shape is what is recorded, and batches of another shape are computed
-    without the recording, with a warning. Random numbers, as of dropout, differ in every iteration.
+    to launch them. Of a segmentor, encoder, neck and heads are recorded; of a distiller, student,
+    teacher and losses. Everything else, the optimizer and validation too, runs as before. The first
+    iteration is an ordinary one; its images' shape is what is recorded, and batches of another
+    shape are computed without the recording, with a warning. Random numbers, as of dropout, differ
+    in every iteration.
 
     Raises:
         ValueError: from the first method called, if there is no GPU, the training is distributed or
             accumulates gradients (the recording writes each iteration's to the same place), or the
-            model is no EncoderDecoder.
+            model is neither an EncoderDecoder nor a Distiller.
         RuntimeError: before the second iteration, if the model cannot be recorded, because a layer
             waits for the GPU.
     """
@@ -40,17 +44,20 @@ class CUDAGraphHook(Hook):
             reason = "there is no GPU"
         elif is_model_wrapper(model):
             reason = "the training is distributed"
-        elif not isinstance(model, EncoderDecoder):
-            reason = f"it records an EncoderDecoder, and the model is a {type(model).__name__}"
+        elif not isinstance(model, EncoderDecoder | Distiller):
+            reason = (
+                "it records an EncoderDecoder or a Distiller, and the model is a "
+                f"{type(model).__name__}"
+            )
         elif runner.optim_wrapper._accumulative_counts > 1:
             reason = "optim_wrapper.accumulative_counts is above 1"
         if reason is not None:
             raise ValueError(f"CUDAGraphHook: {reason}; train without it (--cuda-graph)")
         self._image: Tensor | None = None
-        self._handle = model.backbone.register_forward_pre_hook(self._remember)
+        self._handle = model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
-    def _remember(self, _: nn.Module, args: Sequence[Tensor]) -> None:
-        self._image = args[0]
+    def _remember(self, _: nn.Module, args: Sequence, kwargs: Mapping) -> None:
+        self._image = args[0] if args else kwargs["inputs"]
 
     def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Record after the first iteration, in which libraries have made their choices."""
@@ -68,9 +75,78 @@ class CUDAGraphHook(Hook):
                 f"CUDAGraphHook: the model cannot be recorded ({reason}); train without it "
                 "(--cuda-graph)"
             ) from error
-        runner.logger.info(
-            f"Encoder, neck and heads are replayed from CUDA graphs, for {tuple(image.shape)}"
-        )
+        runner.logger.info(f"Replayed from CUDA graphs, for images of {tuple(image.shape)}")
+
+
+def record(model: EncoderDecoder | Distiller, image: Tensor) -> None:
+    """Record a model in training mode, and have it replay the recordings from now on.
+
+    Weights, buffers and the state of the random numbers are afterwards what they were.
+
+    Args:
+        model: the model; called as autocast is where it is recorded.
+        image: (B, C, H, W), as the model gets it; only its shape, dtype and layout matter.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    random_state = torch.cuda.get_rng_state()
+    image = torch.empty_like(image).normal_()
+    autocast = torch.autocast(
+        "cuda",
+        dtype=torch.get_autocast_dtype("cuda"),
+        enabled=torch.is_autocast_enabled("cuda"),
+        cache_enabled=False,  # else weights that were converted before would not be again
+    )
+    with autocast:
+        (_record_distiller if isinstance(model, Distiller) else _record_segmentor)(model, image)
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    torch.cuda.set_rng_state(random_state)
+    # Gradients come from another stream, that of the recording; autograd waits for it, and warns.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+
+
+def _record_distiller(model: Distiller, image: Tensor) -> None:
+    losses = _Losses(model)
+    replay = torch.cuda.make_graphed_callables(losses, (image,), allow_unused_input=True)
+
+    def named(image: Tensor) -> dict[str, Tensor]:
+        return dict(zip(losses.names, replay(image), strict=True))
+
+    model.loss = _replaying(model, model.loss, named, image.shape)
+
+
+def _record_segmentor(model: EncoderDecoder, image: Tensor) -> None:
+    heads = [model.decode_head]
+    if model.with_auxiliary_head:
+        auxiliary = model.auxiliary_head
+        heads += auxiliary if isinstance(auxiliary, nn.ModuleList) else [auxiliary]
+    encoder = _Encoder(model)
+    with torch.no_grad():
+        features = encoder(image)
+    features = [torch.empty_like(part).requires_grad_() for part in features]
+    encode, *decode = torch.cuda.make_graphed_callables(
+        (encoder, *(_Head(head) for head in heads)),
+        ((image,), *(tuple(features) for _ in heads)),
+        allow_unused_input=True,
+    )
+    model.extract_feat = _replaying(model, model.extract_feat, encode, image.shape)
+    for head, replay in zip(heads, decode, strict=True):
+        unpacked = partial(_unpack, replay)
+        head.forward = _replaying(model, head.forward, unpacked, features[0].shape)
+
+
+class _Losses(nn.Module):
+    """A distiller's losses without their names."""
+
+    def __init__(self, model: Distiller) -> None:
+        super().__init__()
+        self.model, self.names = model, ()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        losses = self.model.loss(image)
+        self.names = tuple(losses)
+        return tuple(losses.values())
 
 
 class _Encoder(nn.Module):
@@ -85,54 +161,7 @@ class _Encoder(nn.Module):
         return features if self.neck is None else self.neck(features)
 
 
-def record(model: EncoderDecoder, image: Tensor) -> None:
-    """Record a segmentor in training mode, and have it replay the recordings from now on.
-
-    Weights, buffers and the state of the random numbers are afterwards what they were.
-
-    Args:
-        model: the segmentor; called as autocast is where it is recorded.
-        image: (B, C, H, W), as the backbone gets it; only its shape, dtype and layout matter.
-    """
-    heads = [model.decode_head]
-    if model.with_auxiliary_head:
-        auxiliary = model.auxiliary_head
-        heads += auxiliary if isinstance(auxiliary, nn.ModuleList) else [auxiliary]
-    encoder = _Encoder(model)
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    random_state = torch.cuda.get_rng_state()
-    image = torch.empty_like(image).normal_()
-    autocast = torch.autocast(
-        "cuda",
-        dtype=torch.get_autocast_dtype("cuda"),
-        enabled=torch.is_autocast_enabled("cuda"),
-        cache_enabled=False,  # else weights that were converted before would not be again
-    )
-    with autocast:
-        with torch.no_grad():
-            features = encoder(image)
-        features = [torch.empty_like(part).requires_grad_() for part in features]
-        replays = torch.cuda.make_graphed_callables(
-            (encoder, *(_Callable(head) for head in heads)),
-            ((image,), *(tuple(features) for _ in heads)),
-            allow_unused_input=True,
-        )
-    with torch.no_grad():
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-    torch.cuda.set_rng_state(random_state)
-    # Gradients come from another stream, that of the recording; autograd waits for it, and warns.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    model.extract_feat = _replaying(model, model.extract_feat, replays[0], image.shape)
-    for head, replay in zip(heads, replays[1:], strict=True):
-        head.forward = _replaying(model, head.forward, partial(_unpack, replay), features[0].shape)
-
-
-def _unpack(replay: Callable, features: Sequence[Tensor]) -> Tensor:
-    return replay(*features)
-
-
-class _Callable(nn.Module):
+class _Head(nn.Module):
     """A head that takes its features one by one."""
 
     def __init__(self, head: nn.Module) -> None:
@@ -141,6 +170,10 @@ class _Callable(nn.Module):
 
     def forward(self, *features: Tensor) -> Tensor:
         return self.head(list(features))
+
+
+def _unpack(replay: Callable, features: Sequence[Tensor]) -> Tensor:
+    return replay(*features)
 
 
 def _replaying(
