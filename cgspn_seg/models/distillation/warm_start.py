@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cgspn_seg.checkpoints.loading import CheckpointError
+from cgspn_seg.models.backbones.block import LocalPerceptionUnit
 from cgspn_seg.models.backbones.plain import CGSPN
 from cgspn_seg.models.distillation.patch_kernel import fold_normalization, resize_patch_kernel
 from cgspn_seg.models.distillation.teacher_parts import (
@@ -62,7 +63,8 @@ def warm_start(
     Mixers that attend get the teacher's attention, where it is plain softmax attention over as many
     heads, and the positional embedding the teacher's, for the student's grid. Mixers of the
     teacher's own class, which an :class:`EncoderTeacher` may have, are copied with their local
-    perception units. The teacher is left as it is, and the student too if it is refused.
+    perception units; other local perception units are set to 0, and add nothing at first. The
+    teacher is left as it is, and the student too if it is refused.
 
     Args:
         student: the encoder; its tensors are changed in place.
@@ -89,6 +91,7 @@ def warm_start(
     own_eps, eps = student.blocks[0].norm1.eps, teacher.find(teacher.family.norm1, 0).eps
     if own_eps != eps:
         offer.notes.append(f"norms: the teacher's eps is {eps:g}, the student's {own_eps:g}")
+    zeroed = _parameters_of_fresh_units(student, offer)
     own = student.state_dict()
     # Mixers of one class may differ in their parts, by their options.
     offer.values = {key: value for key, value in offer.values.items() if key in own}
@@ -104,7 +107,11 @@ def warm_start(
         matched=tuple(key for key in filled if key not in offer.resized),
         resized={key: how for key, how in offer.resized.items() if key not in mismatched},
         mismatched=mismatched,
-        missing=tuple(key for key in own if key not in offer.values),
+        missing={
+            key: "0: adds nothing at first" if key in zeroed else "as initialized"
+            for key in own
+            if key not in offer.values
+        },
         unused=tuple(key for key, value in sources.items() if id(value) not in offer.used),
         expected=len(expected),
         notes=tuple(offer.notes),
@@ -117,6 +124,8 @@ def warm_start(
             f"fresh.\n{report.describe()}"
         )
     with torch.no_grad():
+        for key in zeroed:
+            own[key].zero_()
         for key in filled:
             own[key].copy_(offer.values[key])  # shares memory with the student's parameter
     return report
@@ -272,6 +281,16 @@ def _offer_linear(
         weight, bias = weight.double() * scale.double()[:, None], bias.double() * scale.double()
     offer.add(f"{name}.weight", weight, scale, *(layer.weight for layer in layers))
     offer.add(f"{name}.bias", bias, *(layer.bias for layer in layers))
+
+
+def _parameters_of_fresh_units(student: CGSPN, offer: _Offer) -> set[str]:
+    """What the local perception units consist of that nothing is copied into."""
+    return {
+        f"{name}.{key}"
+        for name, unit in student.named_modules()
+        if isinstance(unit, LocalPerceptionUnit) and f"{name}.conv.weight" not in offer.values
+        for key in unit.state_dict()
+    }
 
 
 def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:

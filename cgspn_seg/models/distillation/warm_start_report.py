@@ -20,7 +20,7 @@ class WarmStart:
         matched: the student's tensors that are the teacher's, layer scale and normalization folded.
         resized: the student's tensors that were resampled, with what was done.
         mismatched: shapes in the student and in the teacher, of tensors that stay as initialized.
-        missing: the student's tensors that no teacher has, or this one has not, as initialized.
+        missing: the student's tensors that no teacher has, or this one has not, with what they are.
         unused: the teacher's tensors that went nowhere.
         expected: number of tensors that a warm start fills where all fits.
         notes: what else differs, in words.
@@ -29,7 +29,7 @@ class WarmStart:
     matched: tuple[str, ...]
     resized: Mapping[str, str]
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    missing: tuple[str, ...]
+    missing: Mapping[str, str]
     unused: tuple[str, ...]
     expected: int
     notes: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class WarmStart:
             ("matched", dict.fromkeys(self.matched, "")),
             ("resized", self.resized),
             ("mismatched", shapes),
-            ("missing", dict.fromkeys(self.missing, "as initialized")),
+            ("missing", self.missing),
             ("unused", dict.fromkeys(self.unused, "of the teacher")),
         ):
             for names, keys in group_keys(remarks).items():
