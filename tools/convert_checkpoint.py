@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +21,7 @@ from cgspn_seg.checkpoints.export import (
     tensors_sha256,
 )
 from cgspn_seg.engine import launch
+from cgspn_seg.engine.cli import wide_console
 from cgspn_seg.engine.options import Options
 from cgspn_seg.models import CGSPN
 from cgspn_seg.models.distillation import (
@@ -37,8 +37,6 @@ from cgspn_seg.models.distillation.teachers.base import IMAGENET_MEAN, IMAGENET_
 from cgspn_seg.models.distillation.warm_start import MIN_MATCH
 from cgspn_seg.models.distillation.warm_start_report import group_keys
 from cgspn_seg.visualization.files import write_bytes
-
-WIDTH = 120  # of a table that goes to a file or a pipe, in characters
 
 
 def parse_args() -> argparse.Namespace:
@@ -171,8 +169,7 @@ def show(report: WarmStart, teacher: Teacher) -> None:
             table.add_section()
         table.add_row("" if kind == last else kind, Text(names), str(number), Text(remark))
         last = kind
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
+    console = wide_console()
     console.print(table)
     for note in report.notes:
         console.print(Text(f"- {note}"))
@@ -201,7 +198,7 @@ def main() -> None:
         "source_model": f"{args.timm or type(teacher.model).__name__} ({teacher.library})",
         "source_tensors_sha256": tensors_sha256(weights),
         "weights": f"started from the teacher: {report.num_filled} of {len(student.state_dict())} "
-        f"tensors; the others are random, seed {args.seed}",
+        f"tensors; the others as the encoder starts (mixers random, seed {args.seed})",
         "tensors_of_source": json.dumps({names: len(keys) for names, keys in filled.items()}),
         "seed": str(args.seed),
         "image_mean": json.dumps(list(mean)),

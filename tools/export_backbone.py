@@ -12,7 +12,6 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -34,10 +33,10 @@ from cgspn_seg.checkpoints.export import (
     take_backbone,
 )
 from cgspn_seg.engine import launch
+from cgspn_seg.engine.cli import wide_console
 from cgspn_seg.visualization.files import write_bytes
 
 DTYPES = ("float32", "float16", "bfloat16")
-WIDTH = 120  # of a table that goes to a file or a pipe, in characters
 
 
 def parse_args() -> argparse.Namespace:
@@ -163,8 +162,7 @@ def show(path: Path) -> None:
     table.add_column(overflow="fold")
     for key, value in rows.items():
         table.add_row(key, Text(value))  # as it is: brackets are markup otherwise
-    console = Console()
-    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+    wide_console().print(table)
     if not file.is_intact:
         sys.stdout.flush()
         raise CheckpointError(

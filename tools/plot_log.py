@@ -34,7 +34,12 @@ def main() -> None:
         )
     runs = [read_training_log(path) for path in args.logs]
     labels = args.labels or [run.name for run in runs]
-    if len(runs) == 1 and has_layers(runs[0]):
+    if any(has_layers(run) for run in runs):
+        if len(runs) > 1:
+            raise ValueError(
+                "logs: distillations are drawn one at a time, with a picture of their own; got "
+                f"{len(runs)} runs, of which {', '.join(r.name for r in runs if has_layers(r))}"
+            )
         write_bytes(out, draw_layer_curves(runs[0], labels[0]))
     else:
         write_bytes(out, draw_curves(runs, labels))

@@ -19,13 +19,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 class ImageFolderDataset(BaseDataset):
     """All images in some folders and the folders in them, in the order of their paths.
 
-    Links to folders are followed; files and folders whose name begins with a dot are not read. With
-    MMSegmentation's transforms, which leave labels alone where there are none.
+    Links to folders are followed, to each folder once; files and folders whose name begins with a
+    dot are not read. With MMSegmentation's transforms, which leave labels alone where there are
+    none.
 
     Args:
         data_root: what relative ``folders`` are in.
         folders: one folder or several.
-        suffixes: of image files, in small letters; capitals are found too.
+        suffixes: of image files, in small letters or capitals; both are found.
         fraction: part of the images to take, at random; as there are no labels, without regard to
             classes.
         seed: which.
@@ -46,11 +47,17 @@ class ImageFolderDataset(BaseDataset):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        if isinstance(fraction, bool) or not 0 < fraction <= 1:
+        number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+        if not (number and 0 < fraction <= 1):
             raise DataError(f"dataset.fraction: expected above 0 and up to 1, got {fraction!r}.")
         names = [folders] if isinstance(folders, str) else list(folders)
+        endings = [suffixes] if isinstance(suffixes, str) else list(suffixes)
+        if not names or not endings:
+            raise DataError("dataset.folders and dataset.suffixes must not be empty.")
+        if "data_prefix" in kwargs:
+            raise DataError("dataset.data_prefix: this data set has `folders` in its place.")
         self.folders = [Path(data_root, name).expanduser() for name in names]
-        self.suffixes = tuple(suffixes)
+        self.suffixes = tuple(f".{ending.lower().removeprefix('.')}" for ending in endings)
         self.fraction, self.seed = float(fraction), seed
         super().__init__(data_root="", data_prefix={}, **kwargs)
 
@@ -75,10 +82,15 @@ class ImageFolderDataset(BaseDataset):
                 f"dataset.folders: {folder.absolute()} is no folder; give folders of images, "
                 "relative to data_root where that is set."
             )
-        images, others = [], set()
+        images, others, seen = [], set(), set()
         for place, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
+            real = os.path.realpath(place)
+            if real in seen:  # by a link to a folder that was read, or that it lies in
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in files:
                 if name.startswith("."):
                     continue
                 if name.lower().endswith(self.suffixes):
@@ -91,4 +103,4 @@ class ImageFolderDataset(BaseDataset):
                 f"dataset.folders: no file in {folder.absolute()} ends in "
                 f"{listing(self.suffixes)}{there}."
             )
-        return images
+        return sorted(images)

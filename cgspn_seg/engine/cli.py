@@ -16,11 +16,12 @@ from cgspn_seg import compat  # noqa: F401  (before MMEngine's registry)
 
 # isort: split
 from mmengine.registry import build_from_cfg
+from rich.console import Console
 
 from cgspn_seg.checkpoints import CheckpointError
 from cgspn_seg.errors import closest
 
-__all__ = ["INTERRUPTED", "is_debugging", "is_interruption", "message_of", "run"]
+__all__ = ["INTERRUPTED", "is_debugging", "is_interruption", "message_of", "run", "wide_console"]
 
 INTERRUPTED = 130  # the exit code that a shell reports after Ctrl-C
 _DEBUG = "CGSPN_DEBUG"
@@ -29,6 +30,12 @@ _PACKAGE = Path(cgspn_seg.__file__).parent
 _DELIBERATE = (CheckpointError, ValueError, FileNotFoundError)
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 _UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def wide_console() -> Console:
+    """The terminal; 120 characters wide where a tool writes to a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def run(main: Callable[[], int | None]) -> None:

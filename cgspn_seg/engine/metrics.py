@@ -15,8 +15,8 @@ class DistillationMetric(BaseMetric):
 
     The relative error of a layer is ``|student - teacher| / |teacher|``, norms over all channels,
     tokens and images; the cosine is the mean over tokens. Logs them as a table, and returns them by
-    kind of tap and place among the compared layers, ``mixer/error_00``, ``mixer/cosine_00`` and so
-    on, with ``mixer/error_mean`` and ``mixer/error_max``; the smaller, the better.
+    kind of tap and layer, ``mixer/error_00``, ``mixer/cosine_00`` and so on, with
+    ``mixer/error_mean`` and ``mixer/error_max``; the smaller, the better.
 
     Takes what a distiller returns in "predict" mode, see
     :class:`cgspn_seg.models.distillation.Distiller`.
@@ -31,19 +31,23 @@ class DistillationMetric(BaseMetric):
         metrics: dict[str, float] = {}
         columns: dict[str, list[float]] = {}
         for tap in results[0]:
+            layers = results[0][tap]["layers"].tolist()
             sums = {
                 key: torch.stack([result[tap][key] for result in results]).double().sum(dim=0)
-                for key in results[0][tap]
+                for key in ("squared_error", "squared_norm", "cosine")
             }
             errors = (sums["squared_error"] / sums["squared_norm"].clamp_min(1e-30)).sqrt().tolist()
             cosines = (sums["cosine"] / len(results)).tolist()
             for name, values in (("error", errors), ("cosine", cosines)):
                 columns[f"{tap} {name}"] = values
-                metrics |= {f"{tap}/{name}_{i:02}": value for i, value in enumerate(values)}
+                metrics |= {
+                    f"{tap}/{name}_{layer:02}": value
+                    for layer, value in zip(layers, values, strict=True)
+                }
             metrics[f"{tap}/error_mean"] = sum(errors) / len(errors)
             metrics[f"{tap}/error_max"] = max(errors)
         table = PrettyTable(["Layer", *columns])
-        for layer, row in enumerate(zip(*columns.values(), strict=True)):
+        for layer, *row in zip(layers, *columns.values(), strict=True):
             table.add_row([layer, *(f"{value:.4f}" for value in row)])
         print_log(f"Student against teacher, {len(results)} images:\n{table}", logger="current")
         return metrics

@@ -16,7 +16,7 @@ from cgspn_seg.visualization.training_log import TrainingLog
 __all__ = ["draw_layer_curves", "has_layers"]
 
 _COLORS = colormaps["viridis"].resampled(256)
-_TITLES = {"mixer": "after the mixers", "block": "after the blocks"}
+_TITLES = {"mixer": "what a block's first half adds", "block": "the stream after a block"}
 
 
 def has_layers(run: TrainingLog) -> bool:
@@ -44,6 +44,9 @@ def draw_layer_curves(run: TrainingLog, label: str) -> bytes:
     validations = [found for found in run.validations if found.per_layer]
     if not validations:
         raise ValueError(f"{run.name}: no validation compares layers with a teacher's")
+    shape = {key: len(values) for key, values in validations[-1].per_layer.items()}
+    # A folder may have runs of both stages.
+    validations = [v for v in validations if {k: len(x) for k, x in v.per_layer.items()} == shape]
     taps = list(dict.fromkeys(key.split("/")[0] for key in validations[-1].per_layer))
     figure = Figure(figsize=(15, 3.6 * (1 + len(taps))), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
@@ -51,7 +54,7 @@ def draw_layer_curves(run: TrainingLog, label: str) -> bytes:
     _draw_losses(top.subplots(1, 2), run)
     steps = [found.step for found in validations]
     for subfigure, tap in zip(rows, taps, strict=True):
-        subfigure.suptitle(f"Student against teacher, {_TITLES.get(tap, tap)}", fontsize=11)
+        subfigure.suptitle(f"Student against teacher: {_TITLES.get(tap, tap)}", fontsize=11)
         error, cosine, last = subfigure.subplots(1, 3)
         for axes, key in ((error, f"{tap}/error"), (cosine, f"{tap}/cosine")):
             _draw_lines(axes, steps, [found.per_layer[key] for found in validations])

@@ -22,7 +22,7 @@ PIPELINE = [
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     image = Image.fromarray(np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3))
-    for name in ("b/2.png", "b/1.JPG", "a.jpeg", "c/d/e.webp", ".hidden/x.png", "b/.x.png"):
+    for name in ("b/2.png", "b/1.JPG", "z.jpeg", "c/d/e.webp", ".hidden/x.png", "b/.x.png"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
@@ -39,13 +39,24 @@ def names(dataset: ImageFolderDataset, root: Path) -> list[str]:
 
 def test_finds_all_images_in_the_order_of_their_paths(folder: Path) -> None:
     dataset = ImageFolderDataset(str(folder))
-    assert names(dataset, folder) == ["a.jpeg", "b/1.JPG", "b/2.png", "c/d/e.webp"]
+    assert names(dataset, folder) == ["b/1.JPG", "b/2.png", "c/d/e.webp", "z.jpeg"]
 
 
 def test_several_folders_and_links(folder: Path, tmp_path: Path) -> None:
     (folder / "link").symlink_to(folder / "c", target_is_directory=True)
     dataset = ImageFolderDataset(str(folder), ["b", "link"])
     assert names(dataset, folder) == ["b/1.JPG", "b/2.png", "link/d/e.webp"]
+
+
+def test_a_link_to_a_folder_above_ends(folder: Path) -> None:
+    for name in ("self", "b/up"):
+        (folder / name).symlink_to(folder, target_is_directory=True)
+    assert len(ImageFolderDataset(str(folder))) == 4
+
+
+@pytest.mark.parametrize("suffixes", ["jpg", ".JPG", [".jpg"]])
+def test_suffixes_in_any_form(folder: Path, suffixes: object) -> None:
+    assert names(ImageFolderDataset(str(folder), "b", suffixes), folder) == ["b/1.JPG"]
 
 
 def test_mmsegmentations_transforms_work_without_labels(folder: Path) -> None:
@@ -71,10 +82,17 @@ def test_a_fraction_is_fixed_by_its_seed(folder: Path) -> None:
     assert len((folder / "list.txt").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("fraction", [0, -1, 1.5, True])
+@pytest.mark.parametrize("fraction", [0, -1, 1.5, True, "0.5"])
 def test_a_fraction_out_of_range_is_refused(folder: Path, fraction: object) -> None:
     with pytest.raises(DataError, match=r"dataset.fraction: expected above 0"):
         ImageFolderDataset(str(folder), fraction=fraction)
+
+
+def test_what_cannot_be_meant_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"must not be empty"):
+        ImageFolderDataset(str(folder), [])
+    with pytest.raises(DataError, match=r"data_prefix: this data set has `folders`"):
+        ImageFolderDataset(str(folder), data_prefix=dict(img_path="b"))
 
 
 def test_a_missing_or_empty_folder_is_named(folder: Path) -> None:

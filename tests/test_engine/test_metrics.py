@@ -12,6 +12,7 @@ from cgspn_seg.models.distillation.losses import mean_cosine, squared_errors
 def sample(pairs: list, image: int) -> dict[str, torch.Tensor]:
     errors, norms = zip(*(squared_errors(*pair) for pair in pairs), strict=True)
     return {
+        "layers": torch.tensor([3, 7]),
         "squared_error": torch.stack([e[image] for e in errors]),
         "squared_norm": torch.stack([n[image] for n in norms]),
         "cosine": torch.stack([mean_cosine(*pair)[image] for pair in pairs]),
@@ -26,11 +27,11 @@ def test_errors_are_of_all_images_together(caplog: pytest.LogCaptureFixture) -> 
         metric.process(None, [{"mixer": sample(pairs, image)}])
     with caplog.at_level(logging.INFO):
         found = metric.evaluate(3)
-    for i, (student, teacher) in enumerate(pairs):
+    for layer, (student, teacher) in zip((3, 7), pairs, strict=True):
         error = (student - teacher).norm() / teacher.norm()
-        assert found[f"mixer/error_{i:02}"] == pytest.approx(error.item(), rel=1e-5)
+        assert found[f"mixer/error_{layer:02}"] == pytest.approx(error.item(), rel=1e-5)
         cosine = torch.cosine_similarity(student, teacher, dim=-1).mean()
-        assert found[f"mixer/cosine_{i:02}"] == pytest.approx(cosine.item(), abs=1e-6)
-    errors = [found["mixer/error_00"], found["mixer/error_01"]]
+        assert found[f"mixer/cosine_{layer:02}"] == pytest.approx(cosine.item(), abs=1e-6)
+    errors = [found["mixer/error_03"], found["mixer/error_07"]]
     assert found["mixer/error_max"] == max(errors)
     assert found["mixer/error_mean"] == pytest.approx(sum(errors) / 2)

@@ -23,7 +23,7 @@ def config(
     """The page's config, which imports the page's mixer from a file of its own."""
     page = (repository / "docs/new_mixer.md").read_text(encoding="utf-8")
     mixer, lines = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (imports,) = re.findall(r"`(custom_imports = .*?)`", page)
+    (imports,) = re.findall(r"^ +(custom_imports = .*)$", page, re.MULTILINE)
     (tmp_path / "my_mixers.py").write_text(mixer, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()

@@ -56,8 +56,9 @@ class CUDAGraphHook(Hook):
         self._image: Tensor | None = None
         self._handle = model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
-    def _remember(self, _: nn.Module, args: Sequence, kwargs: Mapping) -> None:
-        self._image = args[0] if args else kwargs["inputs"]
+    def _remember(self, model: nn.Module, args: Sequence, kwargs: Mapping) -> None:
+        if model.training:
+            self._image = args[0] if args else kwargs["inputs"]
 
     def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Record after the first iteration, in which libraries have made their choices."""

@@ -111,6 +111,11 @@ class HierarchicalEncoder(Encoder):
                 "mixer_options must leave segment_length to the encoder's own argument of that "
                 "name, and to the arch's global_stages"
             )
+        if "type" in options:
+            raise ValueError(
+                f"mixer_options must not have a type: {type(self).__name__}'s mixer is "
+                f"{self.mixer!r}; got {options['type']!r}"
+            )
         self.arch = resolve_architecture(arch, self.architectures)
         stages = [self.arch.stage(i) for i in range(4)]
         dims = [stage.embed_dims for stage in stages]

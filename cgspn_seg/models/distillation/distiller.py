@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cgspn_seg.models.backbones import CGSPN
-from cgspn_seg.models.backbones.block import BlockTaps
 from cgspn_seg.models.distillation.adapter import Adapter
 from cgspn_seg.models.distillation.losses import (
     KL_AXES,
@@ -29,7 +28,8 @@ class Distiller(BaseModel):
     """What both stages share: a student, a frozen teacher beside it, and images for each.
 
     The teacher is no part of this module's parameters or state: optimizers, DDP, FSDP, EMA and
-    checkpoints do not see it, and no copy of it is made.
+    checkpoints do not see it, and no copy of it is made. Padding of a batch is compared like
+    everything else, so images should fill it.
 
     Args:
         teacher: config of a :class:`cgspn_seg.models.distillation.teachers.Teacher`.
@@ -67,6 +67,10 @@ class Distiller(BaseModel):
         self.init, self.teacher_scale = init, teacher_scale
         self.student: CGSPN = MODELS.build(student)
         self._teacher = _Unlisted(MODELS.build(teacher))
+        if not isinstance(self.student, CGSPN):
+            raise ValueError(
+                f"student.type must be 'CGSPN', whose blocks are compared; got {student['type']!r}"
+            )
         own = (self.student.arch.embed_dims, len(self.student.blocks))
         theirs = (self.teacher.embed_dims, self.teacher.num_layers)
         if own != theirs:
@@ -107,7 +111,8 @@ class Distiller(BaseModel):
         Returns:
             "loss": a dict of scalar losses, to be summed. "predict": for each image a dict from
             the name of a tap to a dict of (layers,) tensors, ``squared_error``, ``squared_norm``
-            and ``cosine``, for :class:`cgspn_seg.engine.DistillationMetric`.
+            and ``cosine``, and the number of each layer, ``layers``, for
+            :class:`cgspn_seg.engine.DistillationMetric`.
 
         Raises:
             ValueError: another mode.
@@ -134,30 +139,37 @@ class Distiller(BaseModel):
             cosines = [mean_cosine(*pair) for pair in pairs]
             for i, result in enumerate(found):
                 result[name] = {
+                    "layers": torch.tensor(self.layers),
                     "squared_error": torch.stack([e[i] for e in errors]).cpu(),
                     "squared_norm": torch.stack([n[i] for n in norms]).cpu(),
                     "cosine": torch.stack([c[i] for c in cosines]).cpu(),
                 }
         return found
 
-    def teach(self, image: Tensor) -> list[BlockTaps]:
-        """The teacher's taps of the compared layers, on the student's grid.
+    def teach(self, image: Tensor, *taps: str) -> list[list[Tensor]]:
+        """Taps of the teacher's compared layers, on the student's grid.
 
         Args:
             image: (B, 3, H, W), normalized for the student.
+            *taps: which, names of :class:`BlockTaps`'s fields.
+
+        Returns:
+            For each layer these taps, (B, H, W, C) each.
         """
         patch = self.student.patch_size
         grid = [-(-side // patch) for side in image.shape[-2:]]
-        size = [max(round(side * self.teacher_scale), 1) * self.teacher.patch_size for side in grid]
-        image = image * self.image_scale + self.image_offset
+        # As the student's patch embedding pads what is no multiple of its patches.
+        height, width = (n * patch - side for n, side in zip(grid, image.shape[-2:], strict=True))
+        image = F.pad(image, (0, width, 0, height)) * self.image_scale + self.image_offset
+        size = [max(round(n * self.teacher_scale), 1) * self.teacher.patch_size for n in grid]
         if list(image.shape[-2:]) != size:
             image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
         teacher = self.teacher
         if next(teacher.parameters()).device != image.device:
             teacher.to(image.device)
         return [
-            BlockTaps(*(_resize(tap, grid) for tap in (taps.input, taps.mixer, taps.output)))
-            for taps in teacher(image, self.layers)
+            [_resize(getattr(found, tap), grid) for tap in taps]
+            for found in teacher(image, self.layers)
         ]
 
 
@@ -168,15 +180,24 @@ class ModulewiseDistiller(Distiller):
     The first half of each student block (local perception unit, norm, mixer) gets the teacher's
     stream at that place and is to add to it what the teacher's attention adds. No gradient passes
     from layer to layer, so layers are independent: ``layers`` trains a few at a time where memory
-    is short, and gives the same. The rest of the student is frozen.
+    is short, and gives the same, unless gradients are clipped by the norm of all. The rest of the
+    student is frozen.
 
     The loss of a layer is :func:`~.losses.unexplained_variance`.
 
     Args: see :class:`Distiller`.
+
+    Raises:
+        ValueError: the student has ``frozen_stages``; what is frozen here is settled.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.student.frozen_stages >= 0:
+            raise ValueError(
+                "student.frozen_stages must be left out: stage 1 trains the first halves of the "
+                "blocks in `layers`, and freezes the rest"
+            )
         self.student.requires_grad_(False)
         for layer in self.layers:
             block = self.student.blocks[layer]
@@ -194,11 +215,11 @@ class ModulewiseDistiller(Distiller):
 
     def compare(self, image: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """What the mixers add, each to the teacher's own stream."""
-        taught = self.teach(image)
+        taught = self.teach(image, "input", "mixer")
         return {
             "mixer": [
-                (self.student.run_block(layer, taps.input, taps="mixer"), taps.mixer)
-                for layer, taps in zip(self.layers, taught, strict=True)
+                (self.student.run_block(layer, x, taps="mixer"), added)
+                for layer, (x, added) in zip(self.layers, taught, strict=True)
             ]
         }
 
@@ -251,8 +272,14 @@ class EndToEndDistiller(Distiller):
             raise ValueError("mixer_weight and block_weight are both 0: there is nothing to learn")
         self.kl_weight, self.kl_over = kl_weight, kl_over
         # What no tap depends on gets no gradient, which DDP would wait for.
-        self.student.out_norms.requires_grad_(False)
-        self.student.blocks[max(self.layers) + 1 :].requires_grad_(False)
+        last = max(self.layers)
+        idle = [self.student.out_norms, *self.student.blocks[last + 1 :]]
+        if "block" not in self.tap_weights:
+            block = self.student.blocks[last]
+            idle += [block.mlp_lpu, block.norm2, block.mlp]
+        for part in idle:
+            if part is not None:
+                part.requires_grad_(False)
         dims = self.student.arch.embed_dims
         self.adapters = nn.ModuleDict()
         if adapter_ratio is not None:
@@ -262,9 +289,9 @@ class EndToEndDistiller(Distiller):
 
     def loss(self, image: Tensor) -> dict[str, Tensor]:
         """``loss_mixer_mse``, ``loss_mixer_kl``, and the same of the block; means over layers."""
-        losses = {}
-        for name, pairs in self.compare(image).items():
-            weight = self.tap_weights[name]
+        losses, compared = {}, self.compare(image)
+        for name, weight in self.tap_weights.items():
+            pairs = compared[name]
             errors = [unexplained_variance(*pair) for pair in pairs]
             losses[f"loss_{name}_mse"] = weight * torch.stack(errors).mean()
             if self.kl_weight:
@@ -274,22 +301,18 @@ class EndToEndDistiller(Distiller):
         return losses
 
     def compare(self, image: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Taps of both kinds that have a weight, the student's after their adapters."""
-        taught = dict(zip(self.layers, self.teach(image), strict=True))
-        pairs: dict[str, list] = {name: [] for name in self.tap_weights}
+        """Both kinds of taps, the student's after their adapters where they have some."""
+        taught = dict(zip(self.layers, self.teach(image, "mixer", "output"), strict=True))
+        pairs: dict[str, list] = {"mixer": [], "block": []}
         x = self.student.embed(image)
         for i in range(max(self.layers) + 1):
             added, x = self.student.run_block(i, x, taps="both")
             if i not in taught:
                 continue
             place = self.layers.index(i)
-            for name, own, theirs in (
-                ("mixer", added, taught[i].mixer),
-                ("block", x, taught[i].output),
-            ):
-                if name in pairs:
-                    adapted = self.adapters[name][place](own) if self.adapters else own
-                    pairs[name].append((adapted, theirs))
+            for name, own, theirs in zip(pairs, (added, x), taught[i], strict=True):
+                adapted = self.adapters[name][place](own) if name in self.adapters else own
+                pairs[name].append((adapted, theirs))
         return pairs
 
 

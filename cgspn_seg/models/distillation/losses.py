@@ -26,22 +26,18 @@ def unexplained_variance(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean() / (teacher - mean).square().mean().clamp_min(1e-12)
 
 
-def distribution_divergence(
-    student: Tensor, teacher: Tensor, over: str = "channels", temperature: float = 1.0
-) -> Tensor:
+def distribution_divergence(student: Tensor, teacher: Tensor, over: str = "channels") -> Tensor:
     """KL(P(student) || P(teacher)), a scalar (C-GSPN, distillation, which does not say what P is).
 
     Both are standardized by the teacher's mean and deviation of each channel, so that no channel's
-    scale decides. P is then a softmax: "channels" makes each token a distribution over its
-    channels, "tokens" each image's channel a distribution over the image, as channel-wise
-    distillation for dense prediction has it.
+    scale decides; channels that vary less than half as much as most stay small. P is then a
+    softmax: "channels" makes each token a distribution over its channels, "tokens" each image's
+    channel a distribution over the image, as channel-wise distillation for dense prediction has it.
 
     Args:
         student: (B, H, W, C).
         teacher: the same shape; no gradient flows into it.
         over: "channels" or "tokens".
-        temperature: what the standardized features are divided by; the divergence is multiplied
-            by its square, which keeps the gradient's scale.
 
     Raises:
         ValueError: ``over`` is something else.
@@ -50,12 +46,12 @@ def distribution_divergence(
         raise ValueError(f"over must be one of {KL_AXES}; got {over!r}")
     student, teacher = student.float(), teacher.detach().float()
     deviation, mean = torch.std_mean(teacher.flatten(0, -2), dim=0, correction=0)
-    scale = temperature * deviation.clamp_min(1e-6)
+    scale = torch.maximum(deviation, deviation.median() / 2).clamp_min(1e-6)
     student = ((student - mean) / scale).flatten(1, -2)
     teacher = ((teacher - mean) / scale).flatten(1, -2)
     dim = -1 if over == "channels" else 1
     log_p, log_q = F.log_softmax(student, dim), F.log_softmax(teacher, dim)
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim).mean()
+    return (log_p.exp() * (log_p - log_q)).sum(dim).mean()
 
 
 def squared_errors(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

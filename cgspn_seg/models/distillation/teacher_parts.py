@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cgspn_seg.models.distillation.teachers.base import Teacher
 from cgspn_seg.models.mixers import AttentionMixer
 
-__all__ = ["gelu_kind", "has_part", "heads_of", "mlp_of", "require_gelu", "why_not_plain"]
+__all__ = ["gelu_kind", "has_part", "mlp_of", "require_gelu", "why_not_plain"]
 
 
 def gelu_kind(activation: nn.Module) -> str | None:
@@ -22,11 +22,6 @@ def gelu_kind(activation: nn.Module) -> str | None:
     # The two kinds differ by 5e-4.
     kinds = ("none", "tanh")
     return next((k for k in kinds if (F.gelu(x, approximate=k) - y).abs().max() < 1e-5), None)
-
-
-def heads_of(teacher: Teacher) -> int:
-    heads = teacher.find(teacher.family.heads, 0)
-    return heads or max(teacher.embed_dims // 64, 1)  # a teacher that does not attend has none
 
 
 def has_part(teacher: Teacher, parts: Sequence[str], block: int | None = None) -> str | None:

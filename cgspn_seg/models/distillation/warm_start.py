@@ -8,7 +8,7 @@ part of the second product; that of attention is part of what the mixers learn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from cgspn_seg.models.backbones.plain import CGSPN
 from cgspn_seg.models.distillation.patch_kernel import fold_normalization, resize_patch_kernel
 from cgspn_seg.models.distillation.teacher_parts import (
     has_part,
-    heads_of,
     mlp_of,
     require_gelu,
     why_not_plain,
@@ -61,10 +60,10 @@ def warm_start(
     """Copies what a teacher and a student have alike into the student.
 
     Mixers that attend get the teacher's attention, where it is plain softmax attention over as many
-    heads, and the positional embedding the teacher's, for the student's grid. Mixers of the
-    teacher's own class, which an :class:`EncoderTeacher` may have, are copied with their local
-    perception units; other local perception units are set to 0, and add nothing at first. The
-    teacher is left as it is, and the student too if it is refused.
+    heads, and the positional embedding the teacher's, for the student's grid. Of an
+    :class:`EncoderTeacher`, mixers of the student's own class are copied, and local perception
+    units; those that a teacher has none for are set to 0, and add nothing at first. The teacher is
+    left as it is, and the student too if it is refused.
 
     Args:
         student: the encoder; its tensors are changed in place.
@@ -146,16 +145,20 @@ def student_config(
     """
     side = teacher.patch_size if patch_size is None else patch_size
     fc1, _ = mlp_of(teacher, 0)
-    config = dict(
-        type="CGSPN",
-        arch=dict(
+    if isinstance(teacher.model, CGSPN):
+        arch = asdict(teacher.model.arch)
+    else:
+        arch = dict(
             embed_dims=teacher.embed_dims,
             num_layers=teacher.num_layers,
-            num_heads=heads_of(teacher),
+            num_heads=teacher.find(teacher.family.heads, 0),
             feedforward_channels=fc1.out_features,
             # C-GSPN found C / 18 best; kernels like multiples of 16.
             latent_dims=max(32, round(teacher.embed_dims / 18 / 16) * 16),
-        ),
+        )
+    config = dict(
+        type="CGSPN",
+        arch=arch,
         patch_size=side,
         in_channels=teacher.in_channels,
         mixer=mixer,

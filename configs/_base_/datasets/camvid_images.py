@@ -1,17 +1,18 @@
-# CamVid's images without their labels, for distillation; augmented as for training on the labels.
+# CamVid's images without their labels, for distillation. They are enlarged to fill crops of whole
+# patches, since padding would be compared too.
 dataset_type = "ImageFolderDataset"
 data_root = "{{$CGSPN_DATA:data}}/camvid/images"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="RandomResize", scale=(480, 360), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(360, 480)),
+    dict(type="RandomResize", scale=(512, 384), ratio_range=(1.0, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(384, 480)),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(480, 360)),
+    dict(type="Resize", scale=(512, 384), keep_ratio=True),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(

@@ -54,10 +54,11 @@ def images(count: int = 2, size: tuple[int, int] = (16, 24)) -> Tensor:
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.parametrize("size", [(16, 24), (18, 25)], ids=str)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_copy_of_the_teacher_has_nothing_to_learn(stage: str) -> None:
+def test_a_copy_of_the_teacher_has_nothing_to_learn(stage: str, size: tuple[int, int]) -> None:
     model = build(stage, student=ATTENTION)
-    for name, loss in model(images(), mode="loss").items():
+    for name, loss in model(images(size=size), mode="loss").items():
         assert loss.item() == pytest.approx(0, abs=1e-4), name
 
 
@@ -109,9 +110,9 @@ def test_stage_2_follows_the_students_own_stream() -> None:
     model = build("EndToEndDistiller", kl_weight=0.0, adapter_ratio=None, mixer_weight=0.0)
     losses = model(images(), mode="loss")
     x, errors = model.student.embed(images()), []
-    for block, tap in zip(model.student.blocks, model.teach(images()), strict=True):
+    for block, (tap,) in zip(model.student.blocks, model.teach(images(), "output"), strict=True):
         x = block(x)
-        errors.append(unexplained_variance(x, tap.output))
+        errors.append(unexplained_variance(x, tap))
     torch.testing.assert_close(losses, {"loss_block_mse": torch.stack(errors).mean()})
 
 
@@ -161,7 +162,7 @@ def test_the_teacher_sees_the_same_picture() -> None:
     model.teacher.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     pixels = torch.rand(1, 3, 16, 24) * 255
     mean, std = (torch.tensor(PREPROCESSOR[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    model.teach((pixels - mean) / std)
+    model.teach((pixels - mean) / std, "input")
     mean, std = (torch.tensor(teacher[key]).view(-1, 1, 1) for key in ("mean", "std"))
     torch.testing.assert_close(seen[0], (pixels - mean) / std, rtol=1e-4, atol=1e-4)
 
@@ -172,14 +173,14 @@ def test_taps_come_to_the_students_grid(scale: float, patch: int, size: tuple) -
     model = build("ModulewiseDistiller", teacher=teacher, teacher_scale=scale)
     seen = []
     model.teacher.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
-    taps = model.teach(images())
+    taps = model.teach(images(), "output")
     image, raw = seen[0]
     assert tuple(image.shape[-2:]) == size
-    for got, own in zip(taps, raw, strict=True):
-        assert got.output.shape == (2, 4, 6, 32)
+    for (got,), own in zip(taps, raw, strict=True):
+        assert got.shape == (2, 4, 6, 32)
         channels_first = own.output.permute(0, 3, 1, 2)
         expected = F.interpolate(channels_first, size=(4, 6), mode="bilinear")
-        torch.testing.assert_close(got.output, expected.permute(0, 2, 3, 1))
+        torch.testing.assert_close(got, expected.permute(0, 2, 3, 1))
 
 
 def test_activation_checkpointing_changes_nothing() -> None:
@@ -220,6 +221,7 @@ def model_mlp(encoder: nn.Module) -> Tensor:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (dict(student=dict(type="GSPN")), r"student.type must be 'CGSPN', .*got 'GSPN'"),
         (dict(init="copy"), r"init must be one of .*got 'copy'"),
         (dict(teacher_scale=1.5), r"teacher_scale must be above 0 and up to 1; got 1.5"),
         (dict(layers=[3]), r"layers must be different blocks between -3 and 2; got \(3,\)"),
@@ -239,6 +241,19 @@ def test_mistakes_are_named(options: dict, message: str) -> None:
         build("EndToEndDistiller", **options)
 
 
+def test_what_stage_1_freezes_is_not_the_users_to_say() -> None:
+    with pytest.raises(ValueError, match=r"student.frozen_stages must be left out"):
+        build("ModulewiseDistiller", student={**STUDENT, "frozen_stages": 1})
+
+
+def test_a_tap_without_weight_is_still_compared() -> None:
+    model = build("EndToEndDistiller", block_weight=0, layers=[0, 2]).eval()
+    with torch.no_grad():
+        (found,) = model(images(1), mode="predict")
+    assert found.keys() == {"mixer", "block"}
+    assert found["block"]["layers"].tolist() == [0, 2]
+
+
 def test_images_must_be_normalized() -> None:
     with pytest.raises(ValueError, match=r"data_preprocessor must normalize"):
         MODELS.build(
@@ -250,12 +265,20 @@ def test_images_must_be_normalized() -> None:
         )
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_ddp_waits_for_no_parameter(stage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("ModulewiseDistiller", {}),
+        ("EndToEndDistiller", {}),
+        ("EndToEndDistiller", dict(block_weight=0)),
+        ("EndToEndDistiller", dict(mixer_weight=0, layers=[0])),
+    ],
+)
+def test_ddp_waits_for_no_parameter(stage: str, options: dict, tmp_path: Path) -> None:
     """In the second step, DDP would refuse parameters that had no gradient in the first."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
     try:
-        wrapped = DistributedDataParallel(build(stage).train())
+        wrapped = DistributedDataParallel(build(stage, **options).train())
         for _ in range(2):
             sum(wrapped(images(), mode="loss").values()).backward()
     finally:

@@ -95,6 +95,12 @@ class EncoderTeacher(Teacher):
 
 
 def _fill(model: Any, checkpoint: str, prefix: str) -> None:
+    if "://" not in checkpoint and not Path(checkpoint).expanduser().is_file():
+        raise FileNotFoundError(
+            f"EncoderTeacher: checkpoint: {checkpoint} does not exist; expected a teacher's "
+            "encoder, which tools/export_backbone.py takes out of a training's checkpoint "
+            "(docs/distillation.md). Say where it is: --cfg-options model.teacher.checkpoint=FILE"
+        )
     weights = state_dict_of(load_checkpoint(checkpoint))
     start = f"{prefix.rstrip('.')}." if prefix else ""
     chosen = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}

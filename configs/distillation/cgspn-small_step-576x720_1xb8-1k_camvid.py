@@ -1,8 +1,8 @@
 # A resolution step: the student of stage 2 is the teacher, and sees images of two thirds of the
 # student's size. Start from the same weights: --cfg-options load_from=... as in stage 2.
-_base_ = "./cgspn-small_stage2_vit-small_1xb16-2.5k_camvid-360x480.py"
+_base_ = "./cgspn-small_stage2_vit-small_1xb16-2.5k_camvid-384x480.py"
 model = dict(
-    data_preprocessor=dict(size=(544, 720)),
+    data_preprocessor=dict(size=(576, 720)),
     teacher=dict(
         encoder=dict(_delete_=True, type="CGSPN", arch="small"),
         checkpoint="pretrained/cgspn-small_stage2_camvid.safetensors",
@@ -11,15 +11,15 @@ model = dict(
 )
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="RandomResize", scale=(720, 540), ratio_range=(0.75, 1.5), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(540, 720)),
+    dict(type="RandomResize", scale=(768, 576), ratio_range=(1.0, 1.5), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(576, 720)),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(720, 540)),
+    dict(type="Resize", scale=(768, 576), keep_ratio=True),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(batch_size=8, dataset=dict(pipeline=train_pipeline))
