@@ -1,8 +1,12 @@
 #!/usr/bin/env python
-"""Start a student from a teacher's weights: python tools/convert_checkpoint.py TEACHER OUT."""
+"""Foreign weights for our encoders: python tools/convert_checkpoint.py TEACHER OUT.
+
+A student's start from a teacher, or with `--compat gspn-v1` an encoder of GSPN's original code.
+"""
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,38 +20,43 @@ from cgspn_seg.checkpoints.export import (
     backbone_config,
     check_out,
     encode_backbone,
+    file_sha256,
     read_backbone,
     take_backbone,
     tensors_sha256,
 )
+from cgspn_seg.checkpoints.gspn_v1 import choose_arch, convert_gspn_v1, read_gspn_v1
 from cgspn_seg.engine import launch
 from cgspn_seg.engine.cli import wide_console
 from cgspn_seg.engine.options import Options
-from cgspn_seg.models import CGSPN
+from cgspn_seg.models import CGSPN, GSPN_ARCHITECTURES
 from cgspn_seg.models.distillation import (
     EncoderTeacher,
     Teacher,
     TimmTeacher,
     TransformersTeacher,
-    WarmStart,
     student_config,
     warm_start,
 )
 from cgspn_seg.models.distillation.teachers.base import IMAGENET_MEAN, IMAGENET_STD
 from cgspn_seg.models.distillation.warm_start import MIN_MATCH
 from cgspn_seg.models.distillation.warm_start_report import group_keys
+from cgspn_seg.models.mixers.gspn import COMPAT
 from cgspn_seg.visualization.files import write_bytes
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options] TEACHER OUT [CONFIG]\n"
+        f"       %(prog)s --compat {COMPAT} [--arch ARCH] [--no-ema] CHECKPOINT OUT",
         description="Write a student's backbone file with the patch embedding, norms and MLPs of a "
-        "teacher and fresh mixers, for init_cfg=dict(type='Pretrained', checkpoint=OUT)",
+        "teacher and fresh mixers, or the encoder of a checkpoint of GSPN's original code, for "
+        "init_cfg=dict(type='Pretrained', checkpoint=OUT)",
     )
     parser.add_argument(
         "teacher",
         help="folder with config.json and model.safetensors (transformers), weights of timm with "
-        "--timm, or a backbone file of an encoder of ours",
+        "--timm, or a backbone file of an encoder of ours; with --compat, the checkpoint",
     )
     parser.add_argument("out", help="file to write, .safetensors or .pth")
     parser.add_argument(
@@ -64,7 +73,11 @@ def parse_args() -> argparse.Namespace:
     )
     derived = parser.add_argument_group("without CONFIG")
     derived.add_argument("--mixer", default="cgspn", help="the mixers (default: %(default)s)")
-    derived.add_argument("--arch", help="a named size instead of the teacher's own, such as small")
+    derived.add_argument(
+        "--arch",
+        help="a named size instead of the teacher's own, such as small; with --compat, the "
+        "checkpoint's (default: found by its channels)",
+    )
     derived.add_argument(
         "--patch-size", type=int, help="side of a patch in pixels (default: the teacher's)"
     )
@@ -88,9 +101,29 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of what stays random (default: %(default)s)"
     )
+    original = parser.add_argument_group("checkpoints of other code")
+    original.add_argument(
+        "--compat",
+        choices=(COMPAT,),
+        help="convert an image classifier of GSPN's original code to an encoder that computes the "
+        "same, its directions' peculiarities included",
+    )
+    original.add_argument(
+        "--no-ema",
+        dest="ema",
+        action="store_false",
+        help="take the weights that were trained where the checkpoint has averaged ones too",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     launch.add_config_arguments(parser, runs=False)
     args = parser.parse_args()
+    if args.compat:
+        kept = ("teacher", "out", "arch", "compat", "ema", "force", "trust_checkpoint")
+        changed = [k for k, v in vars(args).items() if v != parser.get_default(k)]
+        if ignored := [k for k in changed if k not in kept]:
+            parser.error(f"--compat makes no student: {ignored[0].replace('_', '-')} has no effect")
+    elif not args.ema:
+        parser.error("--no-ema is for checkpoints with --compat")
     if args.config is None and args.cfg_options:
         parser.error("--cfg-options changes CONFIG, and none is given")
     if args.config is not None and (args.arch or args.patch_size or args.mixer != "cgspn"):
@@ -151,35 +184,27 @@ def build_student(args: argparse.Namespace, teacher: Teacher) -> tuple[CGSPN, di
     return student, config
 
 
-def show(report: WarmStart, teacher: Teacher) -> None:
+def show(title: str, rows: Iterable[tuple[str, str, int, str]], notes: Sequence[str] = ()) -> None:
     """Print what went where, a row for all layers of a name."""
-    table = Table(
-        title=Text(
-            f"{report.num_filled} of {report.expected} tensors from {type(teacher.model).__name__} "
-            f"({teacher.library}); * is a layer's number"
-        )
-    )
+    table = Table(title=Text(f"{title}; * is a layer's number"))
     table.add_column("", no_wrap=True)
     table.add_column("tensor", overflow="fold")
     table.add_column("number", justify="right")
     table.add_column("", overflow="fold")
     last = None
-    for kind, names, number, remark in report.rows():
+    for kind, names, number, remark in rows:
         if last not in (None, kind):
             table.add_section()
         table.add_row("" if kind == last else kind, Text(names), str(number), Text(remark))
         last = kind
     console = wide_console()
     console.print(table)
-    for note in report.notes:
+    for note in notes:
         console.print(Text(f"- {note}"))
 
 
-def main() -> None:
-    args = parse_args()
-    protect_checkpoint_loading(trust=args.trust_checkpoint)
-    source, out = Path(args.teacher).expanduser(), Path(args.out).expanduser()
-    check_out(out, source, "TEACHER", args.force)
+def start_student(args: argparse.Namespace, source: Path, out: Path) -> None:
+    """Write a student's start from a teacher."""
     teacher = read_teacher(args)
     student, config = build_student(args, teacher)
     try:
@@ -189,7 +214,12 @@ def main() -> None:
     kept = args.keep_normalization
     mean, std = (teacher.mean, teacher.std) if kept else (IMAGENET_MEAN, IMAGENET_STD)
     report = warm_start(student, teacher, mean=mean, std=std, min_match=args.min_match)
-    show(report, teacher)
+    show(
+        f"{report.num_filled} of {report.expected} tensors from {type(teacher.model).__name__} "
+        f"({teacher.library})",
+        report.rows(),
+        report.notes,
+    )
     filled = group_keys((*report.matched, *report.resized))
     weights = {k: v.contiguous() for k, v in teacher.model.state_dict().items()}
     facts = {
@@ -206,10 +236,52 @@ def main() -> None:
     }
     tensors = take_backbone(student.state_dict(), "", source.name)
     write_bytes(out, encode_backbone(tensors, facts, out.suffix))
-    print(f"Wrote {out}; load it with init_cfg=dict(type='Pretrained', checkpoint=...) in")
-    print(f"  backbone = {config}")
+    print_use(out, config)
     if kept:
         print(f"  data_preprocessor: mean={list(mean)}, std={list(std)}")
+
+
+def convert_original(args: argparse.Namespace, source: Path, out: Path) -> None:
+    """Write the encoder of a checkpoint of GSPN's original code."""
+    weights, taken = read_gspn_v1(str(source), ema=args.ema)
+    arch = args.arch or choose_arch(weights, GSPN_ARCHITECTURES, source.name)
+    config = dict(type="GSPN", arch=arch, mixer_options=dict(compat=args.compat))
+    encoder = MODELS.build(config)
+    conversion = convert_gspn_v1(weights, encoder, source.name)
+    show(
+        f"{conversion.num_converted} of {len(conversion.tensors)} tensors of GSPN {arch} from "
+        f"{source.name}: {taken}",
+        conversion.rows(),
+    )
+    facts = {
+        "config": json.dumps(config),
+        "source": source.name,
+        "source_sha256": file_sha256(source),
+        "source_model": f"GSPN {arch} (original code)",
+        "weights": taken,
+        "image_mean": json.dumps(list(IMAGENET_MEAN)),
+        "image_std": json.dumps(list(IMAGENET_STD)),
+    }
+    tensors = take_backbone(conversion.tensors, "", source.name)
+    write_bytes(out, encode_backbone(tensors, facts, out.suffix))
+    print_use(out, config)
+
+
+def print_use(out: Path, config: dict) -> None:
+    """Say how a file that was written is loaded."""
+    print(f"Wrote {out}; load it with init_cfg=dict(type='Pretrained', checkpoint=...) in")
+    print(f"  backbone = {config}")
+
+
+def main() -> None:
+    args = parse_args()
+    protect_checkpoint_loading(trust=args.trust_checkpoint)
+    source, out = Path(args.teacher).expanduser(), Path(args.out).expanduser()
+    check_out(out, source, "CHECKPOINT" if args.compat else "TEACHER", args.force)
+    if args.compat:
+        convert_original(args, source, out)
+    else:
+        start_student(args, source, out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The equations of GSPN, GSPN-2 and their scan, written out in plain PyTorch, channels first."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +26,7 @@ def propagate(x: Tensor, logits: Tensor, gate: Tensor, segment_length: int | Non
             columns = []
             for j in range(x.shape[3]):
                 near = [k for k in (-1, 0, 1) if 0 <= j + k < x.shape[3]]
-                total = sum(sigma[:, k + 1, :, j] for k in near)
+                total = sum(sigma[:, k + 1, :, j] for k in near).clamp(min=1e-7)
                 columns.append(
                     sum(sigma[:, k + 1, :, j] / total * previous[..., j + k] for k in near)
                 )
@@ -70,7 +72,7 @@ def gspn(mixer: GSPNMixer, x: Tensor) -> Tensor:
     d = len(directions)
     x = product(x.permute(0, 3, 1, 2), mixer.in_proj.weight)
     x = F.conv2d(x, mixer.conv.weight, padding=3, groups=dims)
-    z = product(x, mixer.proxy.weight, mixer.proxy.bias)
+    z = product(x, mixer.proxy.weight)
     weights = mixer.coefficients.weight.split([3 * d * dims, *[d * dims] * 3])
     logits, lam, u, skip = (product(z, weight) for weight in weights)
     logits = logits.unflatten(1, (d, 3, dims))
@@ -86,7 +88,79 @@ def gspn(mixer: GSPNMixer, x: Tensor) -> Tensor:
     norms = y.square().sum((1, 2), keepdim=True).sqrt()
     response = norms / (norms.mean(-1, keepdim=True) + 1e-6)
     y = mixer.grn.weight * (y * response) + mixer.grn.bias + y
-    return y @ mixer.out.weight.T + mixer.out.bias
+    return y @ mixer.out.weight.T
+
+
+def gspn_v1(
+    weights: Mapping[str, Tensor],
+    image: Tensor,
+    depths: Sequence[int],
+    global_stages: Sequence[int],
+    maps: Sequence[int] = (56, 28, 14, 7),
+) -> list[Tensor]:
+    """GSPN's encoder as its original code computes it, with that code's names of parameters.
+
+    Args:
+        weights: by the original's names, in its shapes.
+        image: (B, 3, H, W).
+        depths: number of blocks of each stage.
+        global_stages: stages, from 0, whose first seven and every seventh blocks are global.
+        maps: lines after which the state restarts in global blocks of each stage: the sides of the
+            feature maps of 224 pixels.
+
+    Returns:
+        The outputs of the four stages, (B, C 2^i, H / 2^(i+2), W / 2^(i+2)), the last normalized.
+    """
+
+    def convolve(x: Tensor, name: str, **options) -> Tensor:
+        return F.conv2d(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"), **options)
+
+    def project(x: Tensor, name: str) -> Tensor:
+        return product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
+        scale, shift = (weights[f"{name}.{kind}"][:, None, None] for kind in ("weight", "bias"))
+        return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+    def mix(x: Tensor, op: str, segment_length: int) -> Tensor:
+        x = project(x, f"{op}.in_proj")
+        dims = x.shape[1]
+        x = convolve(x, f"{op}.conv2d", padding=3, groups=dims)
+        proxy = convolve(x, f"{op}.x_conv_down")
+        # The neighbours first, then the directions, then the channels.
+        logits = convolve(proxy, f"{op}.w_conv_up").unflatten(1, (3, 4, dims))
+        lam, u, skip = (
+            convolve(proxy, f"{op}.{name}").unflatten(1, (4, dims))
+            for name in ("l_conv_up", "u_conv_up", "d_conv")
+        )
+        merged = 0
+        for i, direction in enumerate(("right", "down", "left", "up")):
+            h, turned = original_scan(x, logits[:, :, i], lam[:, i], direction, segment_length)
+            y = u[:, i] * h + skip[:, i] * turned
+            merged = merged + weights[f"{op}.m_conv.weight"][0, i, 0, 0] * y
+        y = norm(merged, f"{op}.out_norm")
+        norms = y.square().sum((2, 3), keepdim=True).sqrt()
+        response = norms / (norms.mean(1, keepdim=True) + 1e-6)
+        y = weights[f"{op}.grn.gamma"] * (y * response) + weights[f"{op}.grn.beta"] + y
+        return project(y, f"{op}.out_proj")
+
+    half = dict(stride=2, padding=1)
+    x = F.gelu(norm(convolve(image, "patch_embed.0", **half), "patch_embed.2"))
+    x = norm(convolve(x, "patch_embed.5", **half), "patch_embed.7")
+    outputs = []
+    for i, depth in enumerate(depths):
+        for k in range(depth):
+            block = f"layers.{i}.blocks.{k}"
+            everything = i in global_stages and (k < 7 or k % 7 == 6)
+            x = x + mix(norm(x, f"{block}.norm"), f"{block}.op", maps[i] if everything else 2)
+            hidden = F.gelu(project(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+            x = x + project(hidden, f"{block}.mlp.fc2")
+        outputs.append(norm(x, "classifier.norm") if i == 3 else x)
+        if i < 3:
+            x = convolve(x, f"layers.{i}.downsample.1", **half)
+            x = norm(x, f"layers.{i}.downsample.3")
+    return outputs
 
 
 def gspn2(mixer: GSPN2Mixer, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""tools/convert_checkpoint.py: from a teacher's files to a file that a student begins with."""
+"""tools/convert_checkpoint.py: from a teacher's files to a file that a student begins with, and
+from GSPN's original code to our encoder."""
 
 import importlib.util
 import json
@@ -15,7 +16,11 @@ from torch import nn
 from cgspn_seg.checkpoints import CheckpointError, pretrained
 from cgspn_seg.checkpoints.export import read_backbone
 from cgspn_seg.checkpoints.loading import _FORCE_WEIGHTS_ONLY
+from cgspn_seg.models import GSPN_ARCHITECTURES
 from cgspn_seg.models.distillation import TransformersTeacher
+from tests.test_checkpoints import gspn_v1_files
+from tests.test_checkpoints.gspn_v1_files import DEEP
+from tests.test_models import transcription
 from tests.test_models.test_distillation.teachers import (
     ENCODER,
     TIMM,
@@ -228,3 +233,69 @@ def test_options_that_would_be_ignored_are_refused(convert: Convert, capsys):
         with pytest.raises(SystemExit):
             convert("teacher", "x.pth", *options)
         assert "error: --" in capsys.readouterr().err
+
+
+@pytest.fixture
+def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What training in GSPN's original code saves; its tiny size has few channels here."""
+    monkeypatch.setitem(GSPN_ARCHITECTURES, "tiny", DEEP)
+    averages = gspn_v1_files.random_weights(DEEP, torch.float32)
+    trained = {key: value + 1 for key, value in averages.items()}
+    gspn_v1_files.save(tmp_path / "ckpt_epoch_3.pth", trained, averages)
+    return tmp_path / "ckpt_epoch_3.pth"
+
+
+def test_an_original_gspn_becomes_an_encoder(
+    original: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    out = convert(original, "gspn.safetensors", "--compat", "gspn-v1")
+    said = capsys.readouterr().out
+    assert "346 of 352 tensors of GSPN tiny from ckpt_epoch_3.pth: model_ema (EMA)" in said
+    for text in ("stages.*.*.mixer.grn.weight", "18", "layers.*.blocks.*.op.grn.gamma", "unused"):
+        assert text in said
+    file = read_backbone(out)
+    assert file.is_intact and file.facts["source_model"] == "GSPN tiny (original code)"
+    assert json.loads(file.facts["config"]) == dict(
+        type="GSPN", arch="tiny", mixer_options=dict(compat="gspn-v1")
+    )
+    encoder, message = begun(out, monkeypatch)
+    assert "loaded 352 of 352 tensors of GSPN" in message and "rest" not in message
+    image = torch.randn(1, 3, 64, 64)
+    weights = gspn_v1_files.random_weights(DEEP, torch.float32)
+    with torch.no_grad():
+        expected = transcription.gspn_v1(weights, image, DEEP.depths, DEEP.global_stages)
+        torch.testing.assert_close(encoder(image)[3], expected[3], rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="needs square feature maps"):
+        encoder(torch.zeros(1, 3, 64, 96))
+    trained = read_backbone(convert(original, "b.pth", "--compat", "gspn-v1", "--no-ema"))
+    assert trained.facts["weights"] == "model (as trained)"
+    key = "downsamplings.0.second.norm.bias"
+    torch.testing.assert_close(trained.tensors[key], file.tensors[key] + 1)
+
+
+def test_an_original_that_does_not_fit_is_refused(
+    original: Path, convert: Convert, encoder: Path, tmp_path: Path, capsys
+):
+    compat = ("--compat", "gspn-v1")
+    for source, options, match in (
+        (
+            original,
+            ("--arch", "small"),
+            r"does not fit .* from 108 on(.|\n)*expected \(54, 3, 3, 3\)",
+        ),
+        (encoder, (), "encoder.safetensors: not a checkpoint of GSPN's original"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            convert(source, "x.pth", *compat, *options)
+    with pytest.raises(ValueError, match=r"CHECKPOINT itself"):
+        convert(original, original.name, *compat, "--force")
+    for options, said in (
+        ((*compat, "--mixer", "attention"), "mixer has no effect"),
+        (("config.py", *compat), "config has no effect"),
+        ((*compat, "--min-match", "0.5"), "min-match has no effect"),
+        (("--no-ema",), "--no-ema is for checkpoints with --compat"),
+    ):
+        with pytest.raises(SystemExit):
+            convert(original, "x.pth", *options)
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "x.pth").exists()

@@ -21,6 +21,9 @@ from cgspn_seg.models.mixers import build_mixer
 GLOBAL_BLOCKS = 7
 """In a global stage, so many blocks at its start and every so-many-th are global (GSPN)."""
 
+NORM_EPS = 1e-5
+"""Of all norms on the residual stream, as in GSPN's code."""
+
 
 class Downsampling(nn.Module):
     """3x3 convolution of stride 2 and LayerNorm, from (B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, C').
@@ -33,7 +36,7 @@ class Downsampling(nn.Module):
     def __init__(self, in_dims: int, dims: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_dims, dims, 3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(dims, eps=1e-6)
+        self.norm = nn.LayerNorm(dims, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         # The permuted view is what PyTorch calls channels_last: no copy on the way in or out.
@@ -47,9 +50,9 @@ class HierarchicalEncoder(Encoder):
     """Four stages at strides of 4, 8, 16 and 32, between which 3x3 convolutions halve the image.
 
     The stem is two 3x3 convolutions of stride 2, each with a norm, and a GELU between them; images
-    of any size go in. In the arch's global stages, blocks 0 to 6 and every seventh scan the whole
-    image, whatever its size; all others are local: their states restart every ``segment_length``
-    lines. Subclasses name a mixer and its sizes.
+    of any size go in. In the arch's global stages, the first seven blocks and every seventh scan
+    the whole image, whatever its size; all others are local: their states restart every
+    ``segment_length`` lines. Subclasses name a mixer and its sizes.
 
     Args:
         arch: "tiny", "small", "base", or a dict with the fields of
@@ -141,10 +144,13 @@ class HierarchicalEncoder(Encoder):
                     ),
                     stage,
                 )
-                blocks.append(Block(stage, mixer, mixer.local_perception, next(rates), gelu))
+                blocks.append(
+                    Block(stage, mixer, mixer.local_perception, next(rates), gelu, NORM_EPS)
+                )
             self.stages.append(blocks)
         self.out_norms = nn.ModuleList(
-            nn.LayerNorm(dims[i], eps=1e-6) if out_norm else nn.Identity() for i in self.out_indices
+            nn.LayerNorm(dims[i], eps=NORM_EPS) if out_norm else nn.Identity()
+            for i in self.out_indices
         )
         for module in self.modules():
             if isinstance(module, LocalPerceptionUnit):
@@ -193,7 +199,7 @@ class HierarchicalEncoder(Encoder):
 
 
 def _is_global(block: int) -> bool:
-    return block < GLOBAL_BLOCKS or block % GLOBAL_BLOCKS == 0
+    return block < GLOBAL_BLOCKS or (block + 1) % GLOBAL_BLOCKS == 0
 
 
 @MODELS.register_module()

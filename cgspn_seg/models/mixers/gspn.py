@@ -53,7 +53,7 @@ class GSPNMixer(nn.Module):
         y = Σ_d m_d (u_d(z) ⊙ h_d + D_d(z) ⊙ x)      four learned scalars m
         out = P_out GRN(LayerNorm(y))
 
-    P_in, the filter and all products of the proxy have no bias. The merge starts as the mean.
+    No product has a bias, nor has the filter. The merge starts as the mean.
 
     Args:
         arch: gives C and s.
@@ -103,13 +103,13 @@ class GSPNMixer(nn.Module):
         d = len(self.directions)
         self.in_proj = nn.Linear(arch.embed_dims, dims, bias=False)
         self.conv = nn.Conv2d(dims, dims, 7, padding=3, groups=dims, bias=False)
-        self.proxy = nn.Linear(dims, proxy)
+        self.proxy = nn.Linear(dims, proxy, bias=False)
         # One product for ŵ, λ, u and D of all directions.
         self.coefficients = nn.Linear(proxy, 6 * d * dims, bias=False)
         self.merge = nn.Parameter(torch.full((d,), 1 / d))
-        self.norm = nn.LayerNorm(dims, eps=1e-6)
+        self.norm = nn.LayerNorm(dims)
         self.grn = GlobalResponseNorm(dims)
-        self.out = nn.Linear(dims, arch.embed_dims)
+        self.out = nn.Linear(dims, arch.embed_dims, bias=False)
 
     def reset_parameters(self) -> None:
         """Gives what leads to the scan PyTorch's default initialization, that of convolutions too.
