@@ -7,20 +7,11 @@ from functools import cache
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
 
 from cgspn_seg.errors import closest
 from cgspn_seg.models import CGSPN, MIXERS, Architecture
 from cgspn_seg.models.backbones.block import Block
 from cgspn_seg.models.mixers import build_mixer
-
-ATTENTION = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-"""PyTorch's backends of scaled_dot_product_attention by the names that `--attention` takes."""
 
 HYBRID = "hybrid"
 """The name of the mixture that :func:`hybrid_layers` describes; it is a model, not a mixer."""
@@ -35,8 +26,8 @@ class Contender:
     Attributes:
         spec: a mixer's name, or "hybrid", with options after a colon, as :func:`parse_spec` reads
             it.
-        backend: a key of `ATTENTION`; None where there is no attention, or where the hybrid's is
-            yet to be chosen.
+        backend: a key of `benchmark_rows.ATTENTION`; None where there is no attention, or where the
+            hybrid's is yet to be chosen.
     """
 
     spec: str

@@ -1,7 +1,7 @@
 """The tables of the benchmarks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from rich.table import Table
@@ -73,18 +73,29 @@ def shown_time(row: dict) -> str:
     return three_digits(row["ms"]) + "*" * (row["timing"] == "events")
 
 
+PARAMETERS = ("Mparams", "parameters", lambda r: three_digits(r["parameters"] * 1e-6))
+IMAGES_PER_S = ("images/s", "images_per_s", lambda r: three_digits(r["images_per_s"]))
+PEAK = ("peak GiB", "peak_gib", lambda r: three_digits(r["peak_gib"]))
+
 # As OP_COLUMNS; the last two are there whether or not a row could be measured.
 MODEL_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
-    ("images/s", "images_per_s", lambda r: three_digits(r["images_per_s"])),
+    IMAGES_PER_S,
     ("time vs\nattention", "vs_attention", lambda r: three_digits(r["vs_attention"]) + "×"),
-    ("peak GiB", "peak_gib", lambda r: three_digits(r["peak_gib"])),
+    PEAK,
     (
         "memory vs\nattention",
         "memory_vs_attention",
         lambda r: three_digits(r["memory_vs_attention"]) + "×",
     ),
-    ("Mparams", "parameters", lambda r: three_digits(r["parameters"] * 1e-6)),
+    PARAMETERS,
     ("GFLOP/image", "flops_per_image", lambda r: three_digits(r["flops_per_image"] * 1e-9)),
+)
+ENCODER_COLUMNS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
+    IMAGES_PER_S,
+    PEAK,
+    PARAMETERS,
+    ("GMAC/image", "macs_per_image", lambda r: three_digits(r["macs_per_image"] * 1e-9)),
+    ("library", "library", lambda r: r["library"]),
 )
 
 
@@ -95,31 +106,67 @@ def encoder_of(figures: dict) -> str:
     return f"{figures['arch']}, {figures['layers']} layers"
 
 
-def model_table(figures: dict) -> Table:
-    """What benchmark_model measured, by mode, size and batch; columns that none fills left out."""
+def case_of(row: dict) -> str:
+    """What a row has in common with those beside it."""
+    case = "{mode}, {size} px, batch {batch}" if "mode" in row else "{size} px"
+    return case.format(**row)
+
+
+def row_table(
+    figures: dict, title: str, first: str, columns: Sequence, notes: Sequence[str] = ()
+) -> Table:
+    """Rows by mode, size and batch; columns that no row fills are left out.
+
+    Args:
+        figures: with `rows`.
+        title: what stands above.
+        first: the header of the contenders' column.
+        columns: like OP_COLUMNS, those after the time.
+        notes: lines that stand below, with one about times if one is needed.
+    """
     rows = figures["rows"]
-    columns = [column for column in MODEL_COLUMNS if any(column[1] in row for row in rows)]
-    threads = f", {figures['threads']} threads" if "threads" in figures else ""
-    table = Table(
-        title=f"{encoder_of(figures)}, {figures['patch_size']}-pixel patches, {figures['dtype']}, "
-        f"{figures['device']}{threads}; time of a batch, medians"
-    )
-    table.add_column("mixer", overflow="fold")
-    for header in ("ms", *(header for header, _, _ in columns)):
+    columns = [column for column in columns if any(column[1] in row for row in rows)]
+    if any("mode" in row for row in rows):
+        columns = [("ms", "contender", shown_time), *columns]
+    elif any("error" in row for row in rows):
+        columns = [*columns, ("", "contender", lambda row: row.get("error", ""))]
+    table = Table(title=title)
+    table.add_column(first, overflow="fold")
+    for header, _, _ in columns:
         table.add_column(header, justify="right")
-    for case, members in groupby(rows, lambda row: (row["mode"], row["size"], row["batch"])):
-        table.add_row("{}, {} px, batch {}".format(*case), style="bold")
+    for case, members in groupby(rows, case_of):
+        table.add_row(case, style="bold")
         for row in members:
-            table.add_row(
-                row["contender"],
-                shown_time(row),
-                *(show(row) if key in row else "–" for _, key, show in columns),
-            )
+            cells = (show(row) if key in row else "–" for _, key, show in columns)
+            table.add_row(row["contender"], *cells)
         table.add_section()
-    notes = []
-    if any("vs_attention" in row for row in rows):
-        notes.append("vs attention: what its fastest backend takes, over what this takes")
     if any(row.get("timing") == "events" for row in rows):
-        notes.append("* launched by Python, not replayed from a CUDA graph")
+        notes = [*notes, "* launched by Python, not replayed from a CUDA graph"]
     table.caption = "\n".join(notes) or None
     return table
+
+
+def shown_threads(figures: dict) -> str:
+    """The number of the CPU's threads, where it counts."""
+    return f", {figures['threads']} threads" if "threads" in figures else ""
+
+
+def model_table(figures: dict) -> Table:
+    """What benchmark_model measured."""
+    title = (
+        f"{encoder_of(figures)}, {figures['patch_size']}-pixel patches, {figures['dtype']}, "
+        f"{figures['device']}{shown_threads(figures)}; time of a batch, medians"
+    )
+    notes = []
+    if any("vs_attention" in row for row in figures["rows"]):
+        notes = ["vs attention: what its fastest backend takes, over what this takes"]
+    return row_table(figures, title, "mixer", MODEL_COLUMNS, notes)
+
+
+def encoder_table(figures: dict) -> Table:
+    """What benchmark_encoders measured, or count_encoders counted."""
+    title = "encoders, without heads"
+    if any("mode" in row for row in figures["rows"]):
+        title += f", {figures['dtype']}, {figures['device']}{shown_threads(figures)}"
+        title += "; time of a batch, medians"
+    return row_table(figures, title, "encoder", ENCODER_COLUMNS)

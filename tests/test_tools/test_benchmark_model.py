@@ -50,10 +50,10 @@ def refused(parsed, capsys) -> Callable[..., str]:
 @pytest.fixture
 def rows_of(benchmark_tool, parsed, monkeypatch):
     """The rows of a run whose measuring is replaced by a function of what would be measured."""
-    import benchmark_model
+    import benchmark_rows
 
     def run(measure: Callable[..., dict], *options: str) -> list[dict]:
-        monkeypatch.setattr(benchmark_model, "measure", measure)
+        monkeypatch.setattr(benchmark_rows, "measure", measure)
         args = parsed("model", "--depth", "6", "--patch-size", "16", *options)
         return benchmark_tool.run_model(args, write=lambda figures: None)["rows"]
 
@@ -90,7 +90,7 @@ def test_every_contender_gets_a_row(benchmark_tool, monkeypatch, tmp_path, capsy
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_a_mode_is_what_it_says(parsed, mode, dtype):
-    from benchmark_model import run_once
+    from benchmark_rows import run_once
 
     args = parsed("block", "--dtype", dtype, "--patch-size", "16", "--mixers", "cgspn")
     setting = args.setting
@@ -267,14 +267,14 @@ def test_the_hybrid_takes_the_attention_that_was_fastest(rows_of):
 
 
 def test_a_run_that_is_ended_leaves_its_rows(benchmark_tool, parsed, monkeypatch):
-    import benchmark_model
+    import benchmark_rows
 
     def measure(setting, contender, mode, size, batch):
         if size == 64:
             raise KeyboardInterrupt
         return dict(ms=1.0, timing="graph")
 
-    monkeypatch.setattr(benchmark_model, "measure", measure)
+    monkeypatch.setattr(benchmark_rows, "measure", measure)
     options = ["--mixers", "cgspn", "--batches", "1", "--sizes", "32", "64", "--patch-size", "16"]
     written = []
     benchmark_tool.run_model(parsed("block", *options), lambda f: written.append(len(f["rows"])))
@@ -306,12 +306,12 @@ def test_on_a_gpu_rows_are_replays_of_a_graph(benchmark_tool, monkeypatch, tmp_p
 @pytest.mark.gpu
 @NO_GPU
 def test_what_cannot_be_captured_is_launched(benchmark_tool, parsed, monkeypatch):
-    import benchmark_model
+    import benchmark_rows
 
     def graph_ms(calls, runs):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(benchmark_model, "graph_ms", graph_ms)
+    monkeypatch.setattr(benchmark_rows, "graph_ms", graph_ms)
     options = "--mixers cgspn --modes train --batches 1 --sizes 64 --patch-size 16 --seconds 0.1"
     args = parsed("block", *options.split(), "--device", "cuda")
     (row,) = benchmark_tool.run_model(args, write=lambda figures: None)["rows"]
