@@ -1,6 +1,6 @@
 # CamVid's images without their labels, for distillation. They are enlarged to fill crops of whole
 # patches, since padding would be compared too.
-dataset_type = "ImageFolderDataset"
+_base_ = "./images_378x378.py"
 data_root = "{{$CGSPN_DATA:data}}/camvid/images"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
@@ -15,24 +15,6 @@ test_pipeline = [
     dict(type="Resize", scale=(512, 384), keep_ratio=True),
     dict(type="PackSegInputs"),
 ]
-train_dataloader = dict(
-    batch_size=16,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type=dataset_type, data_root=data_root, folders="training", pipeline=train_pipeline
-    ),
-)
-val_dataloader = dict(
-    batch_size=16,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type=dataset_type, data_root=data_root, folders="validation", pipeline=test_pipeline
-    ),
-)
+train_dataloader = dict(num_workers=4, dataset=dict(data_root=data_root, pipeline=train_pipeline))
+val_dataloader = dict(num_workers=4, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(type="DistillationMetric")
-test_evaluator = val_evaluator
