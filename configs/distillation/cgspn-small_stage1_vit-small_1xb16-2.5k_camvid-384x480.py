@@ -17,5 +17,5 @@ model = dict(
     student=dict(arch="small"),
 )
 # Layers are independent, and clipping by the norm of all gradients would couple them.
-optim_wrapper = dict(clip_grad=None)
+optim_wrapper = dict(optimizer=dict(lr=3e-3), clip_grad=None)
 randomness = dict(seed=0)
