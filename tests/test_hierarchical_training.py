@@ -21,8 +21,9 @@ def mazes(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def train(cfg: Config, work_dir: Path) -> None:
     """Two iterations and a validation."""
-    cfg.train_dataloader.update(batch_size=2)
-    cfg.val_dataloader.update(batch_size=1)
+    # Workers forked from a process that has computed with threads can wait for them for ever.
+    cfg.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    cfg.val_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
     cfg.train_cfg.update(max_iters=2, val_interval=2)
     # In so few steps it can leave a branch out of all of them.
     cfg.model.backbone.drop_path_rate = 0.0

@@ -3,6 +3,7 @@
 import gc
 import statistics
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class NotAvailable(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(ABC):
     """What all rows of a run have in common; subclasses know how to build what is measured.
 
     Attributes:
@@ -67,13 +68,13 @@ class Setting:
         whole encoder finds as much there as it would in use."""
         return False
 
+    @abstractmethod
     def build(self, contender: Contender, mode: str, size: int) -> nn.Module:
         """The module as a mode needs it, on PyTorch's current default device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_input(self, mode: str, size: int, batch: int) -> Tensor:
         """A random input of the module, on PyTorch's current default device."""
-        raise NotImplementedError
 
 
 def cases_in_order(

@@ -31,7 +31,8 @@ class Subset:
         fraction: The part that was asked for.
         seed: The seed of the choice.
         indices: The images taken, as indices in the whole data set, ascending.
-        names: Their paths in the folder of images, without suffix.
+        names: Their paths in the folder of images, without suffix; whole paths where there are
+            several folders, as in an ImageFolderDataset.
         num_total: How many images the whole data set has.
         classes: For each class, its ``name``, the number of ``images`` with it and its
             ``pixel_share``, of all pixels that have a class; the same of the whole data set as

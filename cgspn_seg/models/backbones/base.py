@@ -1,6 +1,7 @@
 """What the encoders have in common: checks of arguments, initialization, freezing, numbering."""
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,17 +82,17 @@ class Encoder(BaseModule):
             layer = self._layer_of(param_name.removeprefix(prefix))
         return (num_layers - 1 if layer is None else layer), num_layers
 
+    @abstractmethod
     def _blocks(self) -> Sequence[nn.ModuleList]:
         """The blocks in the order they run in, in one list or several."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _layer_of(self, name: str) -> int | None:
         """The layer of a parameter by its own name; None for one that comes after the blocks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _frozen_parts(self) -> Sequence[nn.Module | nn.Parameter]:
         """What ``frozen_stages`` freezes, where it is not -1."""
-        raise NotImplementedError
 
     def _finish(self) -> None:
         """Initializes the products, and freezes what is to be frozen."""

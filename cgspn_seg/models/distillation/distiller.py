@@ -1,5 +1,6 @@
 """Distillation of an encoder from a frozen teacher (C-GSPN, distillation): both of its stages."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,11 +67,11 @@ class Distiller(BaseModel):
             raise ValueError(f"teacher_scale must be above 0 and up to 1; got {teacher_scale}")
         self.init, self.teacher_scale = init, teacher_scale
         self.student: CGSPN = MODELS.build(student)
-        self._teacher = _Unlisted(MODELS.build(teacher))
         if not isinstance(self.student, CGSPN):
             raise ValueError(
                 f"student.type must be 'CGSPN', whose blocks are compared; got {student['type']!r}"
             )
+        self._teacher = _Unlisted(MODELS.build(teacher))
         own = (self.student.arch.embed_dims, len(self.student.blocks))
         theirs = (self.teacher.embed_dims, self.teacher.num_layers)
         if own != theirs:
@@ -123,13 +124,13 @@ class Distiller(BaseModel):
             return self.predict(inputs)
         raise ValueError(f"mode must be 'loss' or 'predict'; got {mode!r}")
 
+    @abstractmethod
     def loss(self, image: Tensor) -> dict[str, Tensor]:
         """The losses of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compare(self, image: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """For each kind of tap, (student, teacher) features of the compared layers."""
-        raise NotImplementedError
 
     def predict(self, image: Tensor) -> list[dict[str, dict[str, Tensor]]]:
         """How far the student's taps are from the teacher's, for each image."""

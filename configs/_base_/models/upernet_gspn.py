@@ -1,43 +1,10 @@
 # GSPN-T + UPerNet, heads as for Swin-T and ConvNeXt-T in MMSegmentation. The sizes set arch,
 # in_channels and drop_path_rate, GSPN-2 also the backbone's type.
-norm_cfg = dict(type="SyncBN", requires_grad=True)
+_base_ = "./upernet_cgspn.py"
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        # Whole images fill the coarsest map, so that logits lie where they should.
-        test_cfg=dict(size_divisor=32),
+    backbone=dict(
+        _delete_=True, type="GSPN", arch="tiny", out_indices=(0, 1, 2, 3), drop_path_rate=0.2
     ),
-    backbone=dict(type="GSPN", arch="tiny", out_indices=(0, 1, 2, 3), drop_path_rate=0.2),
-    decode_head=dict(
-        type="UPerHead",
-        in_channels=[96, 192, 384, 768],
-        in_index=[0, 1, 2, 3],
-        pool_scales=(1, 2, 3, 6),
-        channels=512,
-        dropout_ratio=0.1,
-        num_classes=150,
-        norm_cfg=norm_cfg,
-        align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
-    ),
-    auxiliary_head=dict(
-        type="FCNHead",
-        in_channels=384,
-        in_index=2,
-        channels=256,
-        num_convs=1,
-        concat_input=False,
-        dropout_ratio=0.1,
-        num_classes=150,
-        norm_cfg=norm_cfg,
-        align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
-    ),
-    test_cfg=dict(mode="whole"),
+    neck=None,  # the stages lie at strides of 4 to 32 already
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
 )
