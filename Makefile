@@ -25,7 +25,7 @@ demo: setup ## Train C-GSPN on mazes, with and without propagation, and compare
 	@$(BIN)/python tools/demo.py
 
 test: lint ## Run the linters, then the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: setup ## Check style and formatting
 	@$(BIN)/ruff check .

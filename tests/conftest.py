@@ -5,12 +5,14 @@ import os
 # Two cores are shared by data loaders and kernels; has to stand before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mmengine.registry import DefaultScope
 from PIL import Image
 
 from cgspn_seg import compat  # noqa: F401  (before mmseg, which tests import first)
@@ -44,11 +46,15 @@ def ade20k_sample_root() -> Path:
     return _shared("ade20k_sample")
 
 
-@pytest.fixture
-def mmseg_scope() -> Iterator[None]:
-    """Lets names in configs mean MMSegmentation's parts, as inside a run."""
-    from mmengine.registry import DefaultScope
+@pytest.fixture(autouse=True)
+def default_scope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets the scope that a test's Runner leaves behind: it changes what names mean later on."""
+    monkeypatch.setattr(DefaultScope, "_instance_dict", OrderedDict())
 
+
+@pytest.fixture
+def mmseg_scope(default_scope: None) -> Iterator[None]:
+    """Lets names in configs mean MMSegmentation's parts, as inside a run."""
     with DefaultScope.overwrite_default_scope("mmseg"):
         yield
 

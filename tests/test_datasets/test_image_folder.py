@@ -10,12 +10,12 @@ from PIL import Image
 from cgspn_seg.datasets import DataError, ImageFolderDataset
 
 PIPELINE = [
-    dict(type="mmseg.LoadImageFromFile"),
-    dict(type="mmseg.RandomResize", scale=(24, 16), ratio_range=(1.0, 2.0), keep_ratio=True),
-    dict(type="mmseg.RandomCrop", crop_size=(8, 12)),
-    dict(type="mmseg.RandomFlip", prob=0.5),
-    dict(type="mmseg.PhotoMetricDistortion"),
-    dict(type="mmseg.PackSegInputs"),
+    dict(type="LoadImageFromFile"),
+    dict(type="RandomResize", scale=(24, 16), ratio_range=(1.0, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(8, 12)),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
 ]
 
 
@@ -59,7 +59,7 @@ def test_suffixes_in_any_form(folder: Path, suffixes: object) -> None:
     assert names(ImageFolderDataset(str(folder), "b", suffixes), folder) == ["b/1.JPG"]
 
 
-def test_mmsegmentations_transforms_work_without_labels(folder: Path) -> None:
+def test_mmsegmentations_transforms_work_without_labels(mmseg_scope: None, folder: Path) -> None:
     cfg = dict(type="ImageFolderDataset", data_root=str(folder), pipeline=PIPELINE)
     dataset = DATASETS.build(cfg)
     for i in range(len(dataset)):
