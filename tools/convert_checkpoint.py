@@ -265,6 +265,8 @@ def convert_original(args: argparse.Namespace, source: Path, out: Path) -> None:
     tensors = take_backbone(conversion.tensors, "", source.name)
     write_bytes(out, encode_backbone(tensors, facts, out.suffix))
     print_use(out, config)
+    print("  on square feature maps: train on square crops, and test by windows:")
+    print("  test_cfg = dict(mode='slide', crop_size=(512, 512), stride=(341, 341))")
 
 
 def print_use(out: Path, config: dict) -> None:

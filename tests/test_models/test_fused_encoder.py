@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
-from cgspn_seg.models import CGSPN, Architecture
+from cgspn_seg.models import CGSPN, GSPN, GSPN2, Architecture
 from cgspn_seg.ops import fused
 
 if not torch.cuda.is_available():
@@ -20,6 +21,7 @@ pytestmark = [
 
 ARCH = Architecture(32, 4, 4, 64, 8)
 MIXERS = ["cgspn", "cgspn-lean", "gspn", "attention"]
+STAGES = dict(embed_dims=8, depths=(1, 1, 2, 1), latent_dims=4)
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +30,18 @@ def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "can_run_kernels", lambda x: x.numel() > 0)
 
 
-def build(**options) -> CGSPN:
+def build(cls: type = CGSPN, **options) -> nn.Module:
     torch.manual_seed(0)
-    model = CGSPN(ARCH, patch_size=4, img_size=16, mixer=MIXERS, **options).to(DEVICE)
+    if cls is CGSPN:
+        options = dict(arch=ARCH, patch_size=4, img_size=16, mixer=MIXERS) | options
+    model = cls(**options).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.train()
 
 
-def gradients(model: CGSPN, kernels: bool, autocast: bool) -> dict[str, torch.Tensor | None]:
+def gradients(model: nn.Module, kernels: bool, autocast: bool) -> dict[str, torch.Tensor | None]:
     """The features, and what a step leaves in the parameters."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(1)  # the images, and the branches that are dropped
@@ -45,7 +49,7 @@ def gradients(model: CGSPN, kernels: bool, autocast: bool) -> dict[str, torch.Te
     image = torch.randn(4, 3, 16, 22, device=DEVICE, dtype=dtype)
     with fused.fused_kernels(kernels):
         with torch.autocast(DEVICE, torch.float16, enabled=autocast):
-            (features,) = model(image)
+            features = torch.cat([part.flatten() for part in model(image)])
         features.float().square().mean().backward()
     return dict(features=features.detach()) | {n: p.grad for n, p in model.named_parameters()}
 
@@ -64,7 +68,16 @@ OPTIONS = [
 @pytest.mark.parametrize("autocast", [False, True], ids=["float64", "autocast"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_training_step_is_the_same(options, autocast):
-    model = build(**options)
+    assert_same_step(build(**options), autocast)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float64", "autocast"])
+@pytest.mark.parametrize("cls", [GSPN, GSPN2])
+def test_so_is_that_of_the_four_stages(cls, autocast):
+    assert_same_step(build(cls, arch=STAGES), autocast)
+
+
+def assert_same_step(model: nn.Module, autocast: bool) -> None:
     if not autocast:
         model.double()
     got, expected = gradients(model, True, autocast), gradients(model, False, autocast)

@@ -7,7 +7,8 @@ import torch
 from mmseg.registry import MODELS
 from torch import nn
 
-from cgspn_seg.models import GSPN, GSPN2, GSPN2_ARCHITECTURES, GSPN_ARCHITECTURES
+from cgspn_seg.models import CGSPN, GSPN, GSPN2, GSPN2_ARCHITECTURES, GSPN_ARCHITECTURES
+from cgspn_seg.models.arch import ARCHITECTURES
 from cgspn_seg.ops.flops import count_flops
 
 TINY = dict(embed_dims=8, depths=(1, 2, 3, 1), latent_dims=4)
@@ -41,11 +42,12 @@ def with_classifier(cls: type, arch: str) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("arch", "parameters", "macs"),
     # The parameters of the released configs. For S the paper's table has 9.0 G, but its own widths,
-    # depths and proxy have this many.
+    # depths and proxy have this many. The merge of directions is no product here, which saves 1 to
+    # 2 percent.
     [("tiny", 31.5, 5.3), ("small", 50.8, 12.1), ("base", 93.1, 15.9)],
 )
 def test_gspn_has_the_size_of_its_configs(arch, parameters, macs):
-    assert with_classifier(GSPN, arch) == pytest.approx((parameters, macs), rel=0.01)
+    assert with_classifier(GSPN, arch) == pytest.approx((parameters, macs), rel=0.025)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,19 @@ def test_the_residual_stream_starts_at_the_scale_of_its_norms(cls, arch):
     with torch.no_grad():
         for features in encoder(torch.randn(1, 3, 128, 128)):
             assert 0.5 < features.std() < 8
+
+
+@pytest.mark.parametrize("arch", ["tiny", "so400m"])
+@pytest.mark.parametrize("mixer", ["gspn", "gspn2"])
+def test_so_does_that_of_the_plain_encoder(mixer, arch):
+    sizes = replace(
+        ARCHITECTURES[arch], embed_dims=32, num_heads=1, feedforward_channels=64, latent_dims=4
+    )
+    torch.manual_seed(0)
+    model = CGSPN(sizes, mixer=mixer, out_indices=range(sizes.num_layers)).eval()
+    with torch.no_grad():
+        scales = [features.std() for features in model(torch.randn(1, 3, 224, 224))]
+    assert min(scales) > 0.3 and max(scales) < 8
 
 
 def segments(model: nn.Module) -> list[list[int | None]]:

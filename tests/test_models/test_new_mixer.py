@@ -1,7 +1,10 @@
 """The example of docs/new_mixer.md, registered, configured and trained as the page says."""
 
 import importlib
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +35,32 @@ def config(
     yield Config.fromfile(tmp_path / "config.py")
     MIXERS.module_dict.pop(NAME)
     sys.modules.pop("my_mixers")
+
+
+def test_one_line_in_the_package_is_enough_for_the_linter(repository, tmp_path):
+    ruff = shutil.which(
+        "ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    page = (repository / "docs/new_mixer.md").read_text(encoding="utf-8")
+    (line,) = re.findall(
+        r"^ +(from cgspn_seg\.models\.mixers\.static_scan .*)$", page, re.MULTILINE
+    )
+    mixers = shutil.copytree(
+        repository / "cgspn_seg/models/mixers", tmp_path / "cgspn_seg/models/mixers"
+    )
+    shutil.copy(repository / "pyproject.toml", tmp_path)
+    start = mixers / "__init__.py"
+    last = "from cgspn_seg.models.mixers.registry import MIXERS, build_mixer, mixer_configs\n"
+    text = start.read_text(encoding="utf-8")
+    assert last in text
+    start.write_text(text.replace(last, f"{last}{line}\n"), encoding="utf-8")
+    (mixers / "static_scan.py").write_text(
+        re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], encoding="utf-8"
+    )
+    done = subprocess.run([ruff, "check", "."], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_config_builds_an_encoder_of_its_mixers(config):

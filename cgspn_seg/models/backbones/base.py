@@ -103,6 +103,12 @@ class Encoder(BaseModule):
             for block in blocks:
                 if hasattr(block.mixer, "reset_parameters"):
                     block.mixer.reset_parameters()
+                if block.mixer_lpu is not None and block.mlp_lpu is not None:
+                    # They multiply the residual stream: with PyTorch's default and two of them a
+                    # block, its scale would grow 200 times in a stage of 22 blocks.
+                    for unit in (block.mixer_lpu, block.mlp_lpu):
+                        nn.init.trunc_normal_(unit.conv.weight, std=0.02)
+                        nn.init.zeros_(unit.conv.bias)
         self._freeze()
 
     def _freeze(self) -> None:

@@ -15,7 +15,7 @@ from cgspn_seg.models.arch import (
     resolve_architecture,
 )
 from cgspn_seg.models.backbones.base import Encoder, drop_path_rates, refuse_unknown
-from cgspn_seg.models.backbones.block import Block, LocalPerceptionUnit
+from cgspn_seg.models.backbones.block import Block
 from cgspn_seg.models.mixers import build_mixer
 
 GLOBAL_BLOCKS = 7
@@ -152,12 +152,10 @@ class HierarchicalEncoder(Encoder):
             nn.LayerNorm(dims[i], eps=NORM_EPS) if out_norm else nn.Identity()
             for i in self.out_indices
         )
-        for module in self.modules():
-            if isinstance(module, LocalPerceptionUnit):
-                # They multiply the residual stream: with PyTorch's default and two units a block,
-                # its scale would grow 200 times in the third stage of GSPN-2's base model.
-                nn.init.trunc_normal_(module.conv.weight, std=0.02)
-                nn.init.zeros_(module.conv.bias)
+        for blocks in self.stages:
+            for block in blocks:
+                for layer in (block.mlp.fc1, block.mlp.fc2):
+                    nn.init.zeros_(layer.bias)  # as in GSPN's code
         self._finish()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cgspn_seg.errors import closest, require_positive_int
 from cgspn_seg.models.arch import Architecture
@@ -37,8 +38,8 @@ class GlobalResponseNorm(nn.Module):
         norms = torch.linalg.vector_norm(
             x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
         )
-        response = (norms / (norms.mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        return x + self.weight * (x * response) + self.bias
+        response = norms / (norms.mean(-1, keepdim=True) + self.eps)
+        return torch.addcmul(self.bias, x, (1 + self.weight * response).to(x.dtype))
 
 
 @MIXERS.register_module(name="gspn")
@@ -124,17 +125,36 @@ class GSPNMixer(nn.Module):
         """(B, H, W, C) to (B, H, W, C)."""
         # The permuted view is what PyTorch calls channels_last: no copy on the way in or out.
         x = self.conv(self.in_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        weights = self._merged_weights()
+        coefficients = F.linear(self.proxy(x), torch.cat(weights))
+        logits, input_gate, output_gate, skip = coefficients.split([len(w) for w in weights], -1)
         d, dims = len(self.directions), x.shape[-1]
-        logits, gates = self.coefficients(self.proxy(x)).split((3 * d * dims, 3 * d * dims), -1)
         logits = logits.unflatten(-1, (d, 3, dims))
-        input_gate, output_gate, skip = gates.unflatten(-1, (3, d, dims)).unbind(3)
-        scales = self.merge.to(x.dtype).unsqueeze(-1)
+        input_gate, output_gate, skip = (
+            part.unflatten(-1, (-1, dims)) for part in (input_gate, output_gate, skip)
+        )
         if self.compat is None:
             h = self._scan(x, logits, input_gate, self.directions)
-            y = merge_directions(h, output_gate * scales, None) + (skip * scales).sum(3) * x
+            y = torch.addcmul(merge_directions(h, output_gate, None), skip.squeeze(3), x)
         else:
-            y = self._turned(x, logits, input_gate, output_gate * scales, skip * scales)
+            y = self._turned(x, logits, input_gate, output_gate, skip)
         return self.out(self.grn(self.norm(y)))
+
+    def _merged_weights(self) -> list[Tensor]:
+        """The weights of ŵ, λ, m u and m D; that of the last summed over directions, unless each is
+        for an image of its own.
+
+        u and D are linear in z. Merged here, m is no pass over an image, and not rounded to half
+        precision under autocast.
+        """
+        d, dims = len(self.directions), self.conv.in_channels
+        logits, *others = self.coefficients.weight.split([3 * d * dims, *[d * dims] * 3])
+        input_gate, output_gate, skip = (w.unflatten(0, (d, dims)) for w in others)
+        scales = self.merge[:, None, None]
+        output_gate, skip = scales * output_gate, scales * skip
+        if self.compat is None:
+            skip = skip.sum(0, keepdim=True)
+        return [logits, *(w.flatten(0, 1) for w in (input_gate, output_gate, skip))]
 
     def _scan(
         self, x: Tensor, logits: Tensor, input_gate: Tensor, directions: Sequence[str]
@@ -150,7 +170,9 @@ class GSPNMixer(nn.Module):
         if x.shape[1] != x.shape[2]:
             raise ValueError(
                 f"compat={COMPAT!r} needs square feature maps, as the original code does; got "
-                f"{x.shape[1]} x {x.shape[2]}. Pad the images to squares, or leave compat out"
+                f"{x.shape[1]} x {x.shape[2]}. Train on square crops and test by square windows "
+                "(model.test_cfg.mode=slide model.test_cfg.crop_size=[512,512] "
+                "model.test_cfg.stride=[341,341]), or leave compat out"
             )
         y = 0
         for d, direction in enumerate(self.directions):
