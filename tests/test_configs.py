@@ -265,20 +265,26 @@ def test_the_hierarchical_encoders_train_on_camvid_by_the_recipe_of_the_others()
         assert model.decode_head.channels == plain.model.decode_head.channels
 
 
-@pytest.mark.parametrize("family", ["gspn", "gspn2"])
-def test_a_metafile_lists_the_configs_of_its_folder_and_no_results(family):
+@pytest.mark.parametrize("family", ["cgspn", "gspn", "gspn2"])
+def test_a_metafile_lists_the_configs_of_its_folder_and_the_readmes_results(family):
     content = yaml.safe_load((CONFIGS / family / "metafile.yml").read_text(encoding="utf-8"))
     paths = {str(p.relative_to(CONFIGS.parent)) for p in (CONFIGS / family).glob("*.py")}
     assert {model["Config"] for model in content["Models"]} == paths
     for model in content["Models"]:
         assert model["Name"] == Path(model["Config"]).stem
-        assert "Results" not in model and "Weights" not in model
+        assert "Weights" not in model
         cfg = Config.fromfile(CONFIGS.parent / model["Config"])
         gpus, batch = re.search(r"_(\d+)xb(\d+)-", model["Name"]).groups()
         assert model["Metadata"]["Batch Size"] == int(gpus) * cfg.train_dataloader.batch_size
         assert int(batch) == cfg.train_dataloader.batch_size
     readme = (CONFIGS / family / "README.md").read_text(encoding="utf-8")
     assert all(Path(p).name in readme for p in paths)
+    for model in content["Models"]:
+        # A row of results links to its "config"; its first seed is the metafile's figure.
+        link = f"[config]({Path(model['Config']).name})"
+        shown = [re.findall(r"\d\d\.\d+", row)[:1] for row in readme.splitlines() if link in row]
+        results = [[str(model["Results"]["Metrics"]["mIoU"])]] if "Results" in model else []
+        assert shown == results
 
 
 def test_mmsegs_inference_api_takes_a_config(shrunken, tmp_path):
