@@ -265,6 +265,21 @@ def test_the_hierarchical_encoders_train_on_camvid_by_the_recipe_of_the_others()
         assert model.decode_head.channels == plain.model.decode_head.channels
 
 
+def test_the_guide_to_distillation_has_a_config_of_ones_own(repository, tmp_path):
+    guide = (repository / "docs/distillation.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    path = tmp_path / "own.py"
+    path.write_text(lines.replace('"./cgspn', f'"{CONFIGS}/distillation/cgspn'))
+    cfg = Config.fromfile(path)
+    assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
+    assert cfg.model.teacher.type == "TransformersTeacher"
+    with torch.device("meta"):
+        student = MODELS.build(cfg.model.student)
+    assert (student.arch.embed_dims, student.patch_size) == (384, 14)
+    words = re.search(r"`arch` is a size by name, or `dict\((.*?)\)`", guide, re.DOTALL)[1]
+    assert set(re.findall(r"(\w+)=", words)) == {"_delete_", *vars(student.arch)}
+
+
 @pytest.mark.parametrize("family", ["cgspn", "gspn", "gspn2"])
 def test_a_metafile_lists_the_configs_of_its_folder_and_the_readmes_results(family):
     content = yaml.safe_load((CONFIGS / family / "metafile.yml").read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
-# A resolution step: the student of stage 2 is the teacher, and sees images of two thirds of the
-# student's size. Start from the same weights: --cfg-options load_from=... as in stage 2.
+# A resolution step: the student of stage 2 is the teacher, gives all its weights, and sees images
+# of two thirds of the student's size. No load_from: it would bring adapters to the teacher before.
 _base_ = "./cgspn-small_stage2_vit-small_1xb16-2.5k_camvid-384x480.py"
 model = dict(
     data_preprocessor=dict(size=(576, 720)),

@@ -1,5 +1,6 @@
 """Distillation of an encoder from a frozen teacher (C-GSPN, distillation): both of its stages."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -80,6 +81,7 @@ class Distiller(BaseModel):
                 f"{theirs}. Set student.arch accordingly"
             )
         self.layers = _resolve_layers(layers, len(self.student.blocks))
+        self._warned = False
         mean, std = _image_statistics(self.data_preprocessor)
         scale = std / torch.tensor(self.teacher.std)
         offset = (mean - torch.tensor(self.teacher.mean)) / torch.tensor(self.teacher.std)
@@ -119,10 +121,32 @@ class Distiller(BaseModel):
             ValueError: another mode.
         """
         if mode == "loss":
+            self._warn_of_padding(inputs, data_samples)
             return self.loss(inputs)
         if mode == "predict":
             return self.predict(inputs)
         raise ValueError(f"mode must be 'loss' or 'predict'; got {mode!r}")
+
+    def _warn_of_padding(self, inputs: Tensor, data_samples: Sequence | None) -> None:
+        """Says once that padding is learned like content."""
+        if self._warned:
+            return
+        size, patch = tuple(inputs.shape[-2:]), self.student.patch_size
+        shapes = [getattr(sample, "img_shape", None) for sample in data_samples or ()]
+        smaller = [shape for shape in shapes if shape and tuple(shape[:2]) != size]
+        reason = ""
+        if any(side % patch for side in size):
+            reason = f"its patches have {patch} pixels, of which {size} is no multiple"
+        elif smaller:
+            reason = f"an image of {tuple(smaller[0][:2])} was padded to {size}"
+        if reason:
+            self._warned = True
+            print_log(
+                f"The student learns padding as if it were an image: {reason}. Choose crops, and "
+                "data_preprocessor.size, of whole patches that every resized image fills",
+                "current",
+                logging.WARNING,
+            )
 
     @abstractmethod
     def loss(self, image: Tensor) -> dict[str, Tensor]:
@@ -289,10 +313,16 @@ class EndToEndDistiller(Distiller):
                 self.adapters[name] = nn.ModuleList(Adapter(dims, hidden) for _ in self.layers)
 
     def loss(self, image: Tensor) -> dict[str, Tensor]:
-        """``loss_mixer_mse``, ``loss_mixer_kl``, and the same of the block; means over layers."""
+        """``loss_mixer_mse``, ``loss_mixer_kl``, the same of the block, after adapters; means over
+        layers."""
         losses, compared = {}, self.compare(image)
         for name, weight in self.tap_weights.items():
             pairs = compared[name]
+            if name in self.adapters:
+                pairs = [
+                    (adapter(own), theirs)
+                    for adapter, (own, theirs) in zip(self.adapters[name], pairs, strict=True)
+                ]
             errors = [unexplained_variance(*pair) for pair in pairs]
             losses[f"loss_{name}_mse"] = weight * torch.stack(errors).mean()
             if self.kl_weight:
@@ -302,18 +332,15 @@ class EndToEndDistiller(Distiller):
         return losses
 
     def compare(self, image: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Both kinds of taps, the student's after their adapters where they have some."""
+        """Both kinds of taps, without the adapters, which are no part of what is exported."""
         taught = dict(zip(self.layers, self.teach(image, "mixer", "output"), strict=True))
         pairs: dict[str, list] = {"mixer": [], "block": []}
         x = self.student.embed(image)
         for i in range(max(self.layers) + 1):
             added, x = self.student.run_block(i, x, taps="both")
-            if i not in taught:
-                continue
-            place = self.layers.index(i)
-            for name, own, theirs in zip(pairs, (added, x), taught[i], strict=True):
-                adapted = self.adapters[name][place](own) if name in self.adapters else own
-                pairs[name].append((adapted, theirs))
+            if i in taught:
+                for name, own, theirs in zip(pairs, (added, x), taught[i], strict=True):
+                    pairs[name].append((own, theirs))
         return pairs
 
 

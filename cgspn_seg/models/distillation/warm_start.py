@@ -118,9 +118,11 @@ def warm_start(
     if report.fraction < min_match:
         raise CheckpointError(
             f"{teacher.name}: a warm start would fill {report.num_filled} of the {len(expected)} "
-            f"tensors it should ({report.fraction:.0%}, at least {min_match:.0%} wanted); give the "
-            "student the teacher's widths, or lower min_match (--min-match) to start the rest "
-            f"fresh.\n{report.describe()}"
+            f"tensors it should ({report.fraction:.0%}, at least {min_match:.0%} wanted)"
+            ". Give the student the teacher's sizes, such as arch.feedforward_channels="
+            f"{mlp_of(teacher, 0)[0].out_features}; or start the rest fresh, with a lower "
+            "--min-match of tools/convert_checkpoint.py; or all of it, with init='random' of a "
+            f"distiller.\n{report.describe()}"
         )
     with torch.no_grad():
         for key in zeroed:

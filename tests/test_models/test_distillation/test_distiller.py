@@ -1,6 +1,7 @@
 """Both stages of distillation: what is compared, what learns, what is kept."""
 
 import gc
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from cgspn_seg.models.distillation import Distiller
+from cgspn_seg.models.distillation import Distiller, distiller
 from cgspn_seg.models.distillation.losses import unexplained_variance
 
 pytestmark = pytest.mark.usefixtures("mmseg_scope")
@@ -143,6 +144,53 @@ def test_adapters_begin_as_the_identity_and_are_not_the_students() -> None:
     torch.testing.assert_close(adapted(images(), mode="loss"), bare(images(), mode="loss"))
     keys = {key.split(".")[0] for key in adapted.state_dict()}
     assert keys == {"student", "adapters"}
+
+
+def test_what_is_exported_is_judged_without_adapters() -> None:
+    model = build("EndToEndDistiller").eval()
+    before = model(images(), mode="loss"), model(images(), mode="predict")
+    enliven(model.adapters)
+    after = model(images(), mode="loss"), model(images(), mode="predict")
+    torch.testing.assert_close(after[1], before[1])
+    assert all(after[0][name] != before[0][name] for name in before[0])
+
+
+def test_a_resolution_step_starts_where_the_stage_before_ended(tmp_path: Path) -> None:
+    student = MODELS.build(STUDENT)
+    enliven(student)
+    torch.save(student.state_dict(), tmp_path / "student.pth")
+    teacher = dict(encoder=STUDENT, checkpoint=str(tmp_path / "student.pth"))
+    config = dict(type="EncoderTeacher", **teacher)
+    model = MODELS.build(
+        dict(
+            type="EndToEndDistiller",
+            teacher=config,
+            student=STUDENT,
+            data_preprocessor=PREPROCESSOR,
+        )
+    )
+    model.init_weights()
+    for result in model.eval()(images(), mode="predict"):
+        for tap in result.values():
+            assert tap["squared_error"].max() < 1e-6 * tap["squared_norm"].max()
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "message"),
+    [
+        ((16, 24), (16, 24), None),
+        ((18, 24), (18, 24), r"4 pixels, of which \(18, 24\) is no multiple"),
+        ((16, 24), (12, 24), r"an image of \(12, 24\) was padded to \(16, 24\)"),
+    ],
+)
+def test_padding_is_warned_of_once(size, shape, message, monkeypatch) -> None:
+    model, said = build("ModulewiseDistiller"), []
+    monkeypatch.setattr(distiller, "print_log", lambda text, *_: said.append(text))
+    samples = [SegDataSample(metainfo=dict(img_shape=shape))] * 2
+    for _ in range(2):
+        model(images(size=size), samples, mode="loss")
+    assert len(said) == (message is not None)
+    assert message is None or re.search(message, said[0])
 
 
 @pytest.mark.parametrize("stage", STAGES)
