@@ -20,6 +20,7 @@ from cgspn_seg.checkpoints.loading import (
     protect_checkpoint_loading,
 )
 from cgspn_seg.checkpoints.pretrained import CheckedPretrainedInit
+from cgspn_seg.checkpoints.stored_config import require_same_function, stored_config
 
 __all__ = [
     "CheckedPretrainedInit",
@@ -31,6 +32,8 @@ __all__ = [
     "load_weights",
     "protect_checkpoint_loading",
     "require_complete",
+    "require_same_function",
     "require_usable",
     "state_dict_of",
+    "stored_config",
 ]

@@ -25,6 +25,7 @@ from cgspn_seg.version import __version__
 
 __all__ = [
     "BACKBONE_SUFFIXES",
+    "FILE_FORMAT",
     "BackboneFile",
     "backbone_config",
     "check_out",
@@ -32,12 +33,13 @@ __all__ = [
     "encode_backbone",
     "file_sha256",
     "read_backbone",
+    "read_facts",
     "take_backbone",
     "tensors_sha256",
 ]
 
 BACKBONE_SUFFIXES = (".safetensors", ".pth")
-_FORMAT, _FORMAT_VERSION = "cgspn_seg.backbone", 1
+FILE_FORMAT, _FORMAT_VERSION = "cgspn_seg.backbone", 1
 _REQUIRED = {"file_format", "file_format_version", "tensors_sha256"}
 _WRAPPED = "module."  # before the keys of EMAHook's averaged model
 
@@ -150,7 +152,12 @@ def take_backbone(
         found = ", ".join(f"{name} ({number})" for name, number in parts.most_common(8))
         raise CheckpointError(
             f"{filename}: no key begins with {prefix!r}; the file has, with their numbers of "
-            f"tensors, {found}. Pass --prefix"
+            f"tensors, {found}. "
+            + (
+                "It is of a distillation: pass its config, and --prefix student."
+                if parts["student"] and not prefix.startswith("student.")
+                else "Pass --prefix"
+            )
         )
     tensors: dict[str, torch.Tensor] = {}
     for key in sorted(chosen):
@@ -206,10 +213,14 @@ def backbone_config(cfg: Config, prefix: str) -> dict[str, Any]:
     for name in prefix.rstrip(".").split("."):
         child = part.get(name)
         if not isinstance(child, Mapping) or "type" not in child:
-            parts = [k for k, v in part.items() if isinstance(v, Mapping) and "type" in v]
+            parts = [
+                k
+                for k, v in part.items()
+                if isinstance(v, Mapping) and "type" in v and k != "init_cfg"
+            ]
             raise ValueError(
                 f"--prefix {prefix}: the config's model has no {name!r} with a type; here it has "
-                f"{', '.join(parts) or 'no parts'}"
+                f"{', '.join(parts) or 'no parts'}{_proposal(cfg.get('model') or {}, prefix)}"
             )
         part = child
     if "backbone" in part:
@@ -220,6 +231,16 @@ def backbone_config(cfg: Config, prefix: str) -> dict[str, Any]:
     config = part.to_dict()
     config.pop("init_cfg", None)
     return config
+
+
+def _proposal(model: Mapping[str, Any], prefix: str) -> str:
+    """Where the encoder is in the config of a model, as advice; "" if that is not known."""
+    names: list[str] = []
+    while found := [k for k in ("student", "backbone") if isinstance(model.get(k), Mapping)]:
+        names.append(found[0])
+        model = model[found[0]]
+    proposed = "".join(f"{name}." for name in names)
+    return f"; pass --prefix {proposed}" if proposed not in ("", prefix) else ""
 
 
 def encode_backbone(
@@ -237,7 +258,7 @@ def encode_backbone(
         ValueError: If it is another suffix.
     """
     facts = {
-        "file_format": _FORMAT,
+        "file_format": FILE_FORMAT,
         "file_format_version": str(_FORMAT_VERSION),
         "cgspn_seg_version": __version__,
         "torch_version": str(torch.__version__),  # a class of its own, which is no data
@@ -264,27 +285,36 @@ def read_backbone(path: str | Path) -> BackboneFile:
         CheckpointError: If it is unreadable, no backbone file, or of another version.
     """
     content = load_checkpoint(str(path))
-    if Path(path).suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(Path(path).expanduser(), "pt") as file:
-            facts = dict(file.metadata() or {})
-        tensors = content
-    else:
-        facts, tensors = content.get("meta"), content.get("state_dict")
+    facts = read_facts(path, content)
+    tensors = content if Path(path).suffix == ".safetensors" else content.get("state_dict")
     if not _are(facts, str) or not _are(tensors, torch.Tensor) or _REQUIRED - facts.keys():
         raise CheckpointError(
             f"{path}: not a backbone file, which has {', '.join(sorted(_REQUIRED))} inside; make "
             "one out of a checkpoint with: python tools/export_backbone.py CONFIG CHECKPOINT OUT"
         )
     version = facts["file_format_version"]
-    if (facts["file_format"], version) != (_FORMAT, str(_FORMAT_VERSION)):
+    if (facts["file_format"], version) != (FILE_FORMAT, str(_FORMAT_VERSION)):
         raise CheckpointError(
             f"{path}: {facts['file_format']}, version {version}, made by cgspn_seg "
-            f"{facts.get('cgspn_seg_version')}; this one ({__version__}) reads {_FORMAT}, version "
-            f"{_FORMAT_VERSION}"
+            f"{facts.get('cgspn_seg_version')}; this one ({__version__}) reads {FILE_FORMAT}, "
+            f"version {_FORMAT_VERSION}"
         )
     return BackboneFile(tensors, facts, tensors_sha256(tensors))
+
+
+def read_facts(path: str | Path, content: Mapping[str, Any]) -> Any:
+    """What a file says of its tensors; of a backbone file, strings by name.
+
+    Args:
+        path: The file.
+        content: What `load_checkpoint` read from it; the header of a ``.safetensors`` is not in it.
+    """
+    if Path(path).suffix != ".safetensors":
+        return content.get("meta")
+    from safetensors import safe_open
+
+    with safe_open(Path(path).expanduser(), "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _are(values: Any, kind: type) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -15,11 +15,21 @@ from torch import nn
 
 from cgspn_seg.checkpoints.loading import CheckpointError
 
-__all__ = ["CheckpointFit", "load_weights", "require_complete", "require_usable", "state_dict_of"]
+__all__ = [
+    "CheckpointFit",
+    "find_prefix",
+    "load_weights",
+    "patch_sizes",
+    "require_complete",
+    "require_usable",
+    "state_dict_of",
+]
 
 _SHOWN = 4  # keys listed of each kind; a mismatch repeats itself in every layer
 # Runs in training only, so its absence does not change a prediction.
 _TRAINING_ONLY = ("auxiliary_head",)
+# Do nothing until they are trained, so their absence changes nothing.
+_IDENTITY = ("adapters",)
 # Of batch norms; checkpoints before PyTorch 0.4.1 lack it, and nothing here depends on it.
 _COUNTER = "num_batches_tracked"
 # How PyTorch names a tensor that it does not load for its shape.
@@ -68,6 +78,20 @@ class CheckpointFit:
         used = self.children - set(_TRAINING_ONLY)
         differing = (*self.missing, *self.unexpected, *self.mismatched)
         return self.num_matched > 0 and not any(_child(key) in used for key in differing)
+
+    @property
+    def is_complete_but_for_adapters(self) -> bool:
+        """Whether all that differs are missing adapters (distillation), which begin as identity."""
+        return bool(self.missing) and not (
+            self.unexpected or self.mismatched or {*map(_child, self.missing)} - {*_IDENTITY}
+        )
+
+    @property
+    def differing_parts(self) -> tuple[set[str], set[str]] | None:
+        """Whole parts that the file lacks, and those that the model lacks; None if some differ."""
+        lacking, unknown = {*map(_child, self.missing)}, {*map(_child, self.unexpected)}
+        whole = all(self.counts[name][0] == 0 for name in lacking) and not unknown & self.children
+        return (lacking, unknown) if whole and not self.mismatched else None
 
     def describe(self) -> str:
         """List how much matches and the first keys that do not, over a few indented lines."""
@@ -173,7 +197,36 @@ def _tensors(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
 
 
-def _cause(fit: CheckpointFit) -> str:
+def find_prefix(names: Collection[str], keys: Iterable[str]) -> tuple[str, int]:
+    """Find the prefix under which the most keys are names.
+
+    Args:
+        names: Names of tensors, such as a model's.
+        keys: Such names with something before them, such as a file's.
+
+    Returns:
+        The prefix with its dot, and how many keys are names behind it; "" and 0 if there is none.
+    """
+    hits: Counter[str] = Counter()
+    for key in keys:
+        _, dot, tail = key.partition(".")
+        while dot:
+            if tail in names:
+                hits[key[: len(key) - len(tail)]] += 1
+            _, dot, tail = tail.partition(".")
+    return max(hits.items(), key=lambda hit: hit[1], default=("", 0))
+
+
+def patch_sizes(fit: CheckpointFit) -> tuple[int, int] | None:
+    """The sides of the model's and the file's patches, if no other shape differs; else None."""
+    if len(fit.mismatched) != 1:
+        return None
+    ((key, (expected, got)),) = fit.mismatched.items()
+    is_kernel = f".{key}".endswith(".patch_embed.projection.weight")
+    return (expected[-1], got[-1]) if is_kernel and expected[:2] == got[:2] else None
+
+
+def _cause(fit: CheckpointFit, filename: str, resuming: bool = False) -> str:
     """Guess why a checkpoint does not fit, and say what to do."""
     classes = {
         (expected[0], got[0])
@@ -187,9 +240,30 @@ def _cause(fit: CheckpointFit) -> str:
             "file. Set `num_classes` and the data set to what the file was trained for."
         )
     if fit.num_matched == 0:
+        prefix, number = find_prefix({*fit.unexpected}, fit.missing)
+        if number > len(fit.unexpected) // 2:
+            part = prefix.rstrip(".")
+            return (
+                f"The file holds an encoder alone, the model's `{part}`: to start a training from "
+                f"it, pass --cfg-options model.{part}.init_cfg.type=Pretrained "
+                f"model.{part}.init_cfg.checkpoint={filename} instead of load_from. To test or to "
+                "resume, pass a checkpoint of the whole model."
+            )
+        return "Nothing matches: the file holds another model, or only a part of one."
+    if fit.differing_parts is not None:
+        lacking, unknown = (", ".join(sorted(names)) for names in fit.differing_parts)
+        said = [f"lacks the model's {lacking}"] * bool(lacking)
+        said += [f"has {unknown}, which the model lacks"] * bool(unknown)
+        return f"The file {' and '.join(said)}: it is of another training or stage. " + (
+            "To start a new training or stage from its weights, pass --cfg-options "
+            f"load_from={filename} instead of --resume."
+            if resuming
+            else "Use the config it was trained with; MMEngine leaves a copy in its work_dir."
+        )
+    if (sides := patch_sizes(fit)) is not None:
         return (
-            "Nothing matches: the file holds another model, or only a part of one (a bare "
-            "backbone is given in the config, `init_cfg=dict(type='Pretrained', checkpoint=...)`)."
+            f"Patches are of {sides[0]} pixels a side in the config, of {sides[1]} in the file: "
+            f"set patch_size={sides[1]} in the encoder's config."
         )
     return (
         "The file was trained with another architecture (`arch`, `mixer`, `patch_size`, head "
@@ -198,7 +272,12 @@ def _cause(fit: CheckpointFit) -> str:
 
 
 def require_complete(
-    fit: CheckpointFit, filename: str, trained_as: str | None = None, *, for_prediction: bool
+    fit: CheckpointFit,
+    filename: str,
+    trained_as: str | None = None,
+    *,
+    for_prediction: bool,
+    resuming: bool = False,
 ) -> None:
     """Refuse a checkpoint that leaves tensors of the model at their random start.
 
@@ -207,6 +286,7 @@ def require_complete(
         filename: Names the checkpoint in the message.
         trained_as: The experiment's name that MMEngine keeps in a checkpoint's meta, if known.
         for_prediction: Let pass what only training uses (the auxiliary head).
+        resuming: Whether a training is to go on from it.
 
     Raises:
         CheckpointError: If something is missing, unexpected or of another shape.
@@ -214,7 +294,8 @@ def require_complete(
     if not (fit.is_complete_for_prediction if for_prediction else fit.is_perfect):
         origin = f" (trained as {trained_as})" if trained_as else ""
         raise CheckpointError(
-            f"{filename}{origin} does not fit the model: {fit.describe()}\n{_cause(fit)}"
+            f"{filename}{origin} does not fit the model: {fit.describe()}\n"
+            f"{_cause(fit, filename, resuming)}"
         )
 
 
@@ -230,5 +311,5 @@ def require_usable(fit: CheckpointFit, filename: str) -> None:
     if fit.num_matched == 0 or (total and not backbone):
         raise CheckpointError(
             f"{filename} leaves the {'backbone' if fit.num_matched else 'model'} at its random "
-            f"start: {fit.describe()}\n{_cause(fit)}"
+            f"start: {fit.describe()}\n{_cause(fit, filename)}"
         )

@@ -51,10 +51,21 @@ class CheckpointCheckHook(Hook):
         fit = load_weights(runner.model, state_dict_of(checkpoint))
         if self.for_prediction or runner._resume:
             trained_as = checkpoint.get("meta", {}).get("experiment_name")
-            require_complete(fit, filename, trained_as, for_prediction=self.for_prediction)
+            require_complete(
+                fit,
+                filename,
+                trained_as,
+                for_prediction=self.for_prediction,
+                resuming=not self.for_prediction,
+            )
             return
         require_usable(fit, filename)
-        if not fit.is_perfect:
+        if fit.is_complete_but_for_adapters:
+            runner.logger.info(
+                f"{filename} fills the model but for its {len(fit.missing)} tensors of adapters, "
+                "which start as the identity"
+            )
+        elif not fit.is_perfect:
             runner.logger.warning(
                 f"{filename} fits in part, the rest starts at random: {fit.describe()}"
             )

@@ -84,8 +84,65 @@ def test_a_bare_backbone_does_not_pass_for_a_model() -> None:
     fit = load_weights(Segmentor(), Segmentor().backbone.state_dict())
     with pytest.raises(CheckpointError, match=r"leaves the model at its random start"):
         require_usable(fit, "x.pth")
-    with pytest.raises(CheckpointError, match=r"bare backbone is given in the config, `init_cfg"):
+    with pytest.raises(CheckpointError) as caught:
         require_complete(fit, "x.pth", for_prediction=True)
+    message = str(caught.value)
+    assert "The file holds an encoder alone, the model's `backbone`" in message
+    assert "model.backbone.init_cfg.checkpoint=x.pth instead of load_from" in message
+
+
+def test_what_matches_nothing_is_no_encoder() -> None:
+    fit = load_weights(Segmentor(), {"layer1.weight": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"Nothing matches: the file holds another model"):
+        require_usable(fit, "x.pth")
+
+
+class Stage2(nn.Module):
+    """A distiller, whose adapters stage 1 lacks."""
+
+    def __init__(self, adapters: bool = True) -> None:
+        super().__init__()
+        self.student = nn.Linear(2, 2)
+        if adapters:
+            self.adapters = nn.ModuleDict({"mixer": nn.Linear(2, 1)})
+
+
+def test_a_resumed_checkpoint_of_another_stage_is_one_to_load_from() -> None:
+    first, second = Stage2(adapters=False), Stage2()
+    for model, other, said in (
+        (second, first, r"The file lacks the model's adapters: it is of another training or"),
+        (first, second, r"The file has adapters, which the model lacks: it is of another"),
+    ):
+        fit = load_weights(model, other.state_dict())
+        way_out = r"pass --cfg-options load_from=x.pth instead of --resume"
+        with pytest.raises(CheckpointError, match=rf"{said}(.|\n)*{way_out}"):
+            require_complete(fit, "x.pth", for_prediction=False, resuming=True)
+        with pytest.raises(CheckpointError, match=rf"{said}.*Use the config it was trained with"):
+            require_complete(fit, "x.pth", for_prediction=False)
+
+
+def test_missing_adapters_alone_change_nothing() -> None:
+    """Other gaps, or other shapes, do."""
+    whole = Stage2().state_dict()
+    students = {key: value for key, value in whole.items() if key.startswith("student.")}
+    for weights, expected in (
+        (whole, False),
+        (students, True),
+        ({"student.weight": torch.ones(2, 2)}, False),
+        (students | {"teacher.weight": torch.ones(1)}, False),
+        (students | {"adapters.mixer.bias": torch.ones(9)}, False),
+    ):
+        assert load_weights(Stage2(), weights).is_complete_but_for_adapters is expected
+
+
+def test_another_patch_size_is_named_with_both_numbers() -> None:
+    def encoder(side: int) -> nn.Module:
+        embedding = nn.ModuleDict({"projection": nn.Conv2d(3, 4, side)})
+        return nn.ModuleDict({"patch_embed": embedding, "norm": nn.LayerNorm(4)})
+
+    fit = load_weights(encoder(4), encoder(2).state_dict())
+    with pytest.raises(CheckpointError, match=r"4 pixels .* config, of 2 in the file: set patch_s"):
+        require_complete(fit, "x.pth", for_prediction=False)
 
 
 def test_the_auxiliary_head_is_not_needed_to_predict() -> None:

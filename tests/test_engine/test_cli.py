@@ -107,7 +107,7 @@ def test_other_errors_keep_their_traceback(main: Callable[[], None]) -> None:
             WEIGHT_INITIALIZERS,
             dict(type="Pretrained", checkpoints="x.pth"),
             "CheckedPretrainedInit has no key 'checkpoints'; it takes checkpoint, prefix, "
-            "map_location; did you mean 'checkpoint'?",
+            "map_location, allow_partial; did you mean 'checkpoint'?",
         ),
         (DATASETS, dict(type="CamVidDataset", img_sufix=".png"), "; did you mean 'img_suffix'?"),
         # Taken by a class above it alone.

@@ -255,9 +255,26 @@ def test_a_student_is_taken_by_its_prefix(bench: Bench):
     file = read_backbone(bench.export("student.pth", "--prefix", "student.backbone"))
     assert same(file.tensors, backbone_of(weights))
     assert file.facts["source_prefix"] == "student.backbone."
-    bench.refuses(r"no 'backbone' .* it has student, teacher", "x.pth", kind=ValueError)
+    proposed = r"no 'backbone' .* it has student, teacher; pass --prefix student\.backbone\."
+    bench.refuses(proposed, "x.pth", kind=ValueError)
     whole = ("x.pth", "--prefix", "student.")
     bench.refuses(r"pass --prefix student\.backbone\.", *whole, kind=ValueError)
+
+
+def test_an_encoder_that_is_the_student_itself_is_proposed(bench: Bench):
+    content = torch.load(bench.checkpoint)
+    weights = backbone_of(content["state_dict"])
+    content["state_dict"] = {f"student.{key}": value for key, value in weights.items()}
+    torch.save(content, bench.checkpoint)
+    bench.refuses(
+        r"the file has.* student .*It is of a distillation: .* --prefix student\.", "x.pth"
+    )
+    student = "model = dict(type='Distiller', student=encoder, teacher=dict(type='Other'))"
+    bench.config.write_text(CONFIG.format(student=student))
+    bench.refuses(r"it has student, teacher; pass --prefix student\.$", "x.pth", kind=ValueError)
+    wrong = ("x.pth", "--prefix", "student.backbone")
+    bench.refuses(r"has no parts; pass --prefix student\.$", *wrong, kind=ValueError)
+    assert same(read_backbone(bench.export("x.pth", "--prefix", "student.")).tensors, weights)
 
 
 def test_what_does_not_fit_the_config_is_refused(bench: Bench):

@@ -3,6 +3,7 @@
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cgspn_seg.errors import closest
+from cgspn_seg.models.arch import Architecture
+from cgspn_seg.models.backbones.block import Block
 
 
 class Encoder(BaseModule):
@@ -32,6 +35,8 @@ class Encoder(BaseModule):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    mixer_key = "mixer"  # of the config, where the mixers' options are
 
     def __init__(
         self,
@@ -81,6 +86,34 @@ class Encoder(BaseModule):
         if param_name.startswith(prefix):
             layer = self._layer_of(param_name.removeprefix(prefix))
         return (num_layers - 1 if layer is None else layer), num_layers
+
+    def function_options(self) -> dict[str, dict[str, Any]]:
+        """The options that decide what is computed and that no tensor's name or shape tells.
+
+        Of a mixer these are the options that it keeps under their own names, and the sizes of its
+        architecture that it keeps, such as the number of heads.
+
+        Returns:
+            For each option, as a config names it, its value in each block, by the block's name.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for name, block in self.named_modules():
+            if not isinstance(block, Block):
+                continue
+            values = {"gelu": block.mlp.act.approximate, "norm_eps": block.norm1.eps}
+            known = inspect.signature(type(block.mixer)).parameters
+            for option, parameter in list(known.items())[1:]:
+                if hasattr(block.mixer, option):
+                    value = getattr(block.mixer, option)
+                    if isinstance(parameter.default, bool):  # kept as a part that is there or not
+                        value = value is not None and value is not False
+                    values[f"{self.mixer_key}[{option!r}]"] = value
+            for field in fields(Architecture):
+                if hasattr(block.mixer, field.name):
+                    values[f"arch[{field.name!r}]"] = getattr(block.mixer, field.name)
+            for option, value in values.items():
+                found.setdefault(option, {})[name] = value
+        return found
 
     @abstractmethod
     def _blocks(self) -> Sequence[nn.ModuleList]:

@@ -80,6 +80,7 @@ class HierarchicalEncoder(Encoder):
 
     architectures: Mapping[str, HierarchicalArchitecture]
     mixer: str
+    mixer_key = "mixer_options"
 
     def __init__(
         self,
@@ -177,6 +178,17 @@ class HierarchicalEncoder(Encoder):
                 norm = self.out_norms[self.out_indices.index(i)]
                 outputs[i] = norm(x).permute(0, 3, 1, 2)
         return tuple(outputs[i] for i in self.out_indices)
+
+    def function_options(self) -> dict[str, dict[str, Any]]:
+        """As every encoder's; `segment_length` is the encoder's own, of its local blocks, and which
+        blocks those are depends on the architecture's `global_stages`."""
+        options = super().function_options()
+        lengths = options.pop(f"{self.mixer_key}['segment_length']", {})
+        options["segment_length"] = {k: v for k, v in lengths.items() if v is not None}
+        options["arch['global_stages']"] = dict.fromkeys(
+            lengths, tuple(sorted(self.arch.global_stages))
+        )
+        return options
 
     def _blocks(self) -> Sequence[nn.ModuleList]:
         return list(self.stages)

@@ -13,6 +13,7 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from cgspn_seg.checkpoints import CheckpointError, protect_checkpoint_loading
+from cgspn_seg.checkpoints.export import encode_backbone
 from cgspn_seg.checkpoints.loading import _FORCE_WEIGHTS_ONLY
 from cgspn_seg.models.distillation import EncoderTeacher, Teacher, TimmTeacher, TransformersTeacher
 
@@ -238,6 +239,10 @@ def test_incomplete_folders_are_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"config.json: not readable as JSON"):
         TransformersTeacher(tmp_path)
     save_transformers("vit", tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        TransformersTeacher(tmp_path / "model.safetensors")
+    assert "model.safetensors is a file; give its folder, with config" in str(caught.value)
+    assert str(caught.value).endswith(f"path={str(tmp_path)!r}")
     other = tmp_path / "other"
     save_transformers("vit", other, intermediate_size=40)
     shutil.copy(other / "model.safetensors", tmp_path)
@@ -292,14 +297,57 @@ def test_our_encoder_is_loaded_whole_or_not_at_all(tmp_path: Path):
     torch.save({"state_dict": {f"backbone.{k}": v for k, v in weights.items()}}, file)
     teacher = EncoderTeacher(ENCODER, file, prefix="backbone")
     assert torch.equal(teacher.model.pos_embed, weights["pos_embed"])
+    for prefix, said in (("", r"without a prefix"), ("student.", r"under the prefix 'student\.'")):
+        way_out = (
+            rf"{len(weights)} of {len(weights)} are under 'backbone\.'. Set it: .*teacher.prefix"
+        )
+        with pytest.raises(
+            CheckpointError, match=rf"no tensor of \S+ is .* {said}; {way_out}=back"
+        ):
+            EncoderTeacher(ENCODER, file, prefix=prefix)
+    shallow = {**ENCODER, "arch": {**ENCODER["arch"], "num_layers": 4}}
     with pytest.raises(CheckpointError, match=r"does not fit the model: .*\n.*missing in the file"):
-        EncoderTeacher(ENCODER, file)
-    with pytest.raises(CheckpointError, match=r"no key begins with 'student.'; it begins with bac"):
+        EncoderTeacher(shallow, file, prefix="backbone.")
+    torch.save({"fc.weight": torch.ones(1)}, file)
+    with pytest.raises(CheckpointError, match=r"no key begins with 'student.'; it begins with fc."):
         EncoderTeacher(ENCODER, file, prefix="student.")
     with pytest.raises(ValueError, match=r"expected dict\(type='CGSPN', ...\), got .*'ResNet'"):
         EncoderTeacher(dict(type="ResNet"))
     with pytest.raises(ValueError, match=r"mean: expected a value for each of 4 channels"):
         EncoderTeacher(ENCODER | dict(in_channels=4))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_our_encoder_is_built_from_the_config_in_its_file(tmp_path: Path, suffix: str):
+    config = ENCODER | dict(gelu="none", norm_eps=1e-3)
+    model = random_weights(MODELS.build(config))
+    file, facts = tmp_path / f"encoder{suffix}", {"config": json.dumps(config)}
+    file.write_bytes(encode_backbone(model.state_dict(), facts, suffix))
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = model(image)[0].permute(0, 2, 3, 1)
+    for encoder in (None, config):
+        torch.testing.assert_close(EncoderTeacher(encoder, file)(image)[-1].output, expected)
+    with pytest.raises(ValueError) as caught:
+        EncoderTeacher(ENCODER, file)
+    said = str(caught.value)
+    assert f"{file} was made with other options" in said
+    assert "gelu is 'none' in the file and 'tanh' in EncoderTeacher's encoder" in said
+    assert "Set gelu='none', norm_eps=0.001 in EncoderTeacher's encoder" in said
+    other = facts | {"config": json.dumps(dict(type="GSPN"))}
+    file.write_bytes(encode_backbone(model.state_dict(), other, suffix))
+    with pytest.raises(ValueError, match=r"the config inside \S+: expected dict\(type='CGSPN'"):
+        EncoderTeacher(checkpoint=file)
+
+
+def test_our_encoder_needs_a_config_from_somewhere(tmp_path: Path):
+    file = tmp_path / "iter_8.pth"
+    torch.save({"meta": {"iter": 8}, "state_dict": MODELS.build(ENCODER).state_dict()}, file)
+    with pytest.raises(CheckpointError, match=r"iter_8.pth has no encoder's config inside; expec"):
+        EncoderTeacher(checkpoint=file)
+    with pytest.raises(ValueError, match=r"pass encoder, .* or checkpoint, .*; got neither"):
+        EncoderTeacher()
+    with pytest.raises(FileNotFoundError, match=r"nowhere.pth does not exist"):
+        EncoderTeacher(checkpoint=tmp_path / "nowhere.pth")
 
 
 def test_every_family_is_of_a_registered_model_type():

@@ -10,8 +10,14 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from cgspn_seg.checkpoints.fit import load_weights, require_complete, state_dict_of
+from cgspn_seg.checkpoints.fit import (
+    find_prefix,
+    load_weights,
+    require_complete,
+    state_dict_of,
+)
 from cgspn_seg.checkpoints.loading import CheckpointError, load_checkpoint
+from cgspn_seg.checkpoints.stored_config import require_same_function, stored_config
 from cgspn_seg.models.backbones.block import BlockTaps
 from cgspn_seg.models.distillation.teachers.base import IMAGENET_MEAN, IMAGENET_STD, Family, Teacher
 
@@ -38,7 +44,8 @@ class EncoderTeacher(Teacher):
     """A CGSPN encoder with any mixers: attention, or the student of an earlier step.
 
     Args:
-        encoder: the config of a CGSPN.
+        encoder: the config of a CGSPN; None for the one inside the checkpoint, which must be a
+            backbone file then.
         checkpoint: its weights: a backbone file, or a checkpoint with a prefix; None for random
             ones.
         prefix: what stands before the encoder's names in the checkpoint, such as "backbone.".
@@ -47,26 +54,38 @@ class EncoderTeacher(Teacher):
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        CheckpointError: it is unreadable, or does not fit the encoder.
-        ValueError: the config is not of a CGSPN.
+        CheckpointError: it is unreadable, does not fit the encoder, or has no config inside where
+            that is needed.
+        ValueError: the config is not of a CGSPN, or the one inside the checkpoint is of an encoder
+            that computes something else.
     """
 
     def __init__(
         self,
-        encoder: Mapping[str, Any],
+        encoder: Mapping[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         prefix: str = "",
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
+        content, stored = {}, None
+        if checkpoint is not None:
+            content = _read(str(checkpoint))
+            stored = stored_config(str(checkpoint), content)
+        if encoder is None:
+            encoder = _require_stored(stored, checkpoint)
+            origin = f"the config inside {checkpoint}"
+        else:
+            origin = "encoder"
         config = {key: value for key, value in encoder.items() if key != "init_cfg"}
         if config.get("type") not in ("CGSPN", "mmseg.CGSPN"):
             raise ValueError(
-                f"EncoderTeacher: encoder: expected dict(type='CGSPN', ...), got {dict(encoder)}"
+                f"EncoderTeacher: {origin}: expected dict(type='CGSPN', ...), got {dict(encoder)}"
             )
         model = MODELS.build(config)
         if checkpoint is not None:
-            _fill(model, str(checkpoint), prefix)
+            _fill(model, state_dict_of(content), str(checkpoint), prefix)
+            require_same_function(model, stored, str(checkpoint), "EncoderTeacher's encoder")
         positions = model.pos_embed
         super().__init__(
             model,
@@ -94,16 +113,44 @@ class EncoderTeacher(Teacher):
         return [taps[i] for i in kept]
 
 
-def _fill(model: Any, checkpoint: str, prefix: str) -> None:
+def _read(checkpoint: str) -> dict[str, Any]:
     if "://" not in checkpoint and not Path(checkpoint).expanduser().is_file():
         raise FileNotFoundError(
             f"EncoderTeacher: checkpoint: {checkpoint} does not exist; expected a teacher's "
             "encoder, which tools/export_backbone.py takes out of a training's checkpoint "
             "(docs/distillation.md). Say where it is: --cfg-options model.teacher.checkpoint=FILE"
         )
-    weights = state_dict_of(load_checkpoint(checkpoint))
+    return load_checkpoint(checkpoint)
+
+
+def _require_stored(
+    stored: Mapping[str, Any] | None, checkpoint: str | Path | None
+) -> Mapping[str, Any]:
+    if stored is not None:
+        return stored
+    if checkpoint is None:
+        raise ValueError(
+            "EncoderTeacher: pass encoder, the config of a CGSPN, or checkpoint, a backbone file "
+            "with a config inside, or both; got neither"
+        )
+    raise CheckpointError(
+        f"EncoderTeacher: {checkpoint} has no encoder's config inside; expected a backbone file, "
+        "which python tools/export_backbone.py CONFIG CHECKPOINT OUT makes out of a training's "
+        "checkpoint. Make one, or pass the config: encoder=dict(type='CGSPN', ...)"
+    )
+
+
+def _fill(model: Any, weights: Mapping[str, Tensor], checkpoint: str, prefix: str) -> None:
     start = f"{prefix.rstrip('.')}." if prefix else ""
     chosen = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+    own = model.state_dict()
+    found, number = find_prefix(own, weights)
+    if number and not own.keys() & chosen.keys():
+        raise CheckpointError(
+            f"EncoderTeacher: no tensor of {checkpoint} is the encoder's "
+            f"{f'under the prefix {start!r}' if start else 'without a prefix'}; {number} of "
+            f"{len(own)} are under {found!r}. Set it: --cfg-options model.teacher.prefix={found}"
+        )
     if not chosen:
         raise CheckpointError(
             f"{checkpoint}: no key begins with {start!r}; it begins with "

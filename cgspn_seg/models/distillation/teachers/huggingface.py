@@ -130,7 +130,7 @@ class TransformersTeacher(Teacher):
 
     Raises:
         ImportError: transformers is not installed, or too old.
-        FileNotFoundError: the folder or a file in it does not exist.
+        FileNotFoundError: the folder or a file in it does not exist, or it is a file.
         CheckpointError: weights are unreadable, missing or of another shape.
         ValueError: not one of path and config is given, or the model is of another family.
     """
@@ -219,6 +219,11 @@ def _import() -> Any:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"TransformersTeacher: path: {folder} is a file; give its folder, with config.json and "
+            f"model.safetensors: path={str(folder.parent)!r}"
+        )
     if not file.is_file():
         what = "has no" if folder.is_dir() else "does not exist, so there is no"
         raise FileNotFoundError(
