@@ -1,5 +1,6 @@
 """Every shipped config parses, builds, and is what its name says."""
 
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmseg.registry import MODELS
 from cgspn_seg import compat
 from cgspn_seg.datasets import check_data_paths
 from cgspn_seg.models.backbones.base import Encoder
+from cgspn_seg.models.checks import check_channels, check_sizes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 COMPLETE = sorted(p for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
@@ -53,13 +55,16 @@ def crop_of(cfg: Config) -> tuple[int, int]:
 
 
 @each_segmentor
-def test_the_model_builds_and_its_parts_fit(path):
+def test_the_model_builds_and_its_parts_and_sizes_fit(path, caplog):
     cfg = Config.fromfile(path)
     with torch.device("meta"):
         model = MODELS.build(cfg.model).eval()
         size = cfg.model.data_preprocessor.size
         logits = model(torch.empty(2, 3, *size), mode="tensor")
     assert isinstance(model.backbone, Encoder)
+    check_channels(model)
+    check_sizes(model, logging.getLogger("test"))
+    assert not caplog.records
     assert logits.shape[:2] == (2, model.decode_head.num_classes)
     assert model.auxiliary_head.num_classes == model.decode_head.num_classes
 

@@ -36,6 +36,13 @@ def leaf_datasets(dataset: object) -> Iterator[BaseDataset]:
         yield from leaf_datasets(dataset.dataset)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside those of distributed training and of test-time augmentation."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
 def check_num_classes(dataset: BaseSegDataset, name: str, model: nn.Module) -> None:
     """Check that the heads of a model predict as many classes as a dataset has.
 
@@ -53,8 +60,7 @@ def check_num_classes(dataset: BaseSegDataset, name: str, model: nn.Module) -> N
             f"The {name} dataset ({type(dataset).__name__}) has no classes: name them in the order "
             f"of their ids, {name}_dataloader.dataset.metainfo=dict(classes=('first', 'second'))."
         )
-    while hasattr(model, "module"):  # distributed training, test-time augmentation
-        model = model.module
+    model = unwrap(model)
     wrong = []
     for key in ("decode_head", "auxiliary_head"):
         head = getattr(model, key, None)
@@ -82,20 +88,46 @@ def check_pairs(dataset: BaseSegDataset, name: str, logger: Logger) -> None:
     Raises:
         DataError: An image or its label does not exist.
     """
-    samples = _local_samples(dataset)
-    for key, what in (("img_path", "image"), ("seg_map_path", "label")):
-        missing = [sample[key] for sample in samples if not os.path.exists(sample[key])]
-        if missing:
-            raise DataError(
-                f"{len(missing)} of the {len(samples)} {what}s of the {name} dataset do not exist; "
-                f"the first that is missing is {missing[0]}. Supply them, or name the complete "
-                f"pairs in a text file and that in {name}_dataloader.dataset.ann_file."
-            )
-    lonely = _labels_without_image(dataset) if samples else []
+    require_files(dataset, f"the {name} dataset", f"{name}_dataloader.dataset")
+    lonely = _labels_without_image(dataset) if _local_samples(dataset) else []
     if lonely:
         logger.warning(
             f"{len(lonely)} labels in the folder of the {name} dataset have no image ending in "
             f"{dataset.img_suffix!r}, and are not used; the first is {lonely[0]}."
+        )
+
+
+def require_files(dataset: BaseSegDataset, called: str, where: str) -> None:
+    """Check that each image and each label exists.
+
+    Args:
+        dataset: The dataset; one that has no labels or is not on a local disk is passed over.
+        called: What to call it in a message, such as "the train dataset".
+        where: Its key in the config.
+
+    Raises:
+        DataError: An image or its label does not exist.
+    """
+    samples = _local_samples(dataset)
+    for key, what, suffix in (
+        ("img_path", "image", "img_suffix"),
+        ("seg_map_path", "label", "seg_map_suffix"),
+    ):
+        missing = [sample[key] for sample in samples if not os.path.exists(sample[key])]
+        if not missing:
+            continue
+        way_out = (
+            f"Supply them, or name the complete pairs in a text file and that in {where}.ann_file."
+        )
+        if len(missing) == len(samples):
+            ending = getattr(dataset, suffix)
+            way_out = (
+                f"They are looked for as names that end in {ending!r}: where theirs end otherwise, "
+                f"set {where}.{suffix}, and where they lie elsewhere, {where}.data_prefix.{key}."
+            )
+        raise DataError(
+            f"{len(missing)} of the {len(samples)} {what}s of {called} do not exist; the first "
+            f"that is missing is {missing[0]}. {way_out}"
         )
 
 

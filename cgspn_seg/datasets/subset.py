@@ -18,9 +18,12 @@ from mmengine.registry import Registry, build_from_cfg
 from mmseg import registry as mmseg_registry
 from mmseg.datasets import BaseSegDataset
 
-from cgspn_seg.datasets.checks import LabelScan, default_threads, progress_bar
+from cgspn_seg.datasets.checks import LabelScan, default_threads, progress_bar, require_files
 from cgspn_seg.datasets.errors import DataError, listing
 from cgspn_seg.datasets.stratify import choose_images
+
+SUBSET_KEYS = ("fraction", "seed")
+"""What :func:`build_dataset` takes beside the keys of the data set itself."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,12 @@ def build_dataset(
         DataError: ``fraction`` or ``seed`` cannot be used, or a label cannot be read.
     """
     wanted = None
-    if isinstance(cfg, dict) and "fraction" in cfg:
+    if isinstance(cfg, dict) and not cfg.keys().isdisjoint(SUBSET_KEYS):
         with registry.switch_scope_and_registry(cfg.get("_scope_")) as scoped:
             wanted = subset_keys(cfg, scoped)
     if wanted is None:
         return build_from_cfg(cfg, registry, default_args)
-    whole = {key: value for key, value in cfg.items() if key not in ("fraction", "seed")}
+    whole = {key: value for key, value in cfg.items() if key not in SUBSET_KEYS}
     dataset = build_from_cfg(whole, registry, default_args)
     if whole.get("lazy_init") and not whole.get("pipeline"):
         return dataset  # asked for the names of its classes and the like, without data
@@ -129,9 +132,19 @@ def subset_keys(
     """
     kind = cfg.get("type")
     kind = registry.get(kind) if isinstance(kind, str) else kind
-    if "fraction" not in cfg or kind is None or "fraction" in inspect.signature(kind).parameters:
+    if cfg.keys().isdisjoint(SUBSET_KEYS) or kind is None:
         return None
-    if not (inspect.isclass(kind) and issubclass(kind, BaseSegDataset)):
+    own_keys = inspect.signature(kind).parameters
+    if "fraction" in own_keys:
+        return None
+    if "fraction" not in cfg:
+        if "seed" in own_keys or not can_be_divided(kind):
+            return None  # whatever it means there
+        raise DataError(
+            f"{where}.seed: it chooses which images {where}.fraction takes, which is not set; set "
+            "it, or leave the seed out."
+        )
+    if not can_be_divided(kind):
         way_out = "only data sets that derive from MMSegmentation's BaseSegDataset can"
         for inner in ("dataset", "datasets.0"):
             if inner.partition(".")[0] in cfg:
@@ -147,6 +160,11 @@ def subset_keys(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise DataError(f"{where}.seed: expected an integer, got {seed!r}.")
     return float(fraction), seed
+
+
+def can_be_divided(kind: object) -> bool:
+    """Whether a data set of this type takes :data:`SUBSET_KEYS`."""
+    return inspect.isclass(kind) and issubclass(kind, BaseSegDataset)
 
 
 def _choose(dataset: BaseSegDataset, fraction: float, seed: int) -> Subset:
@@ -176,7 +194,11 @@ def _choose(dataset: BaseSegDataset, fraction: float, seed: int) -> Subset:
     keys = ("name", "images", "pixel_share", "images_of", "pixel_share_of")
     table = zip(classes, *figures(pixels[indices]), *figures(pixels), strict=True)
     rows = [dict(zip(keys, row, strict=True)) for row in table]
-    print_log(f"Took {size} of the {len(samples)} images ({fraction=}, {seed=}).", "current")
+    # A run may have several data sets, of one class; their folders tell which this is.
+    folder = dataset.data_prefix.get("img_path") or dataset.data_root
+    print_log(
+        f"Took {size} of the {len(samples)} images in {folder} ({fraction=}, {seed=}).", "current"
+    )
     if lost := [row["name"] for row in rows if row["images_of"] and not row["images"]]:
         message = f"They are too few for all classes: none shows {listing(lost)}."
         print_log(message, "current", logging.WARNING)
@@ -194,11 +216,13 @@ def _names(dataset: BaseSegDataset, samples: list[dict]) -> list[str]:
 def _count_pixels(dataset: BaseSegDataset, samples: list[dict]) -> np.ndarray:
     """(images, classes) pixels of each class in each image, as training sees them."""
     scan = LabelScan(dataset)
+    kind = type(dataset).__name__
     if scan.load_label is None or not all(sample.get("seg_map_path") for sample in samples):
         raise DataError(
-            f"dataset.fraction: the {type(dataset).__name__} loads no labels, by which to choose; "
-            "it needs LoadAnnotations in its pipeline and data_prefix.seg_map_path."
+            f"dataset.fraction: the {kind} loads no labels, by which to choose; it needs "
+            "LoadAnnotations in its pipeline and data_prefix.seg_map_path."
         )
+    require_files(dataset, f"the {kind}", "dataset")
     with ThreadPoolExecutor(default_threads()) as pool, progress_bar() as progress:
         counts = pool.map(scan, samples)
         return np.stack([*progress.track(counts, len(samples), description="Reading labels")])

@@ -19,6 +19,7 @@ from mmengine.registry import build_from_cfg
 from rich.console import Console
 
 from cgspn_seg.checkpoints import CheckpointError
+from cgspn_seg.datasets.subset import SUBSET_KEYS, can_be_divided
 from cgspn_seg.errors import closest
 
 __all__ = ["INTERRUPTED", "is_debugging", "is_interruption", "message_of", "run", "wide_console"]
@@ -97,8 +98,8 @@ def _user_message(error: BaseException) -> str | None:
         # The first line begins with the class's name.
         message = "\n".join(said).partition(": ")[2]
         return message if raised_in.is_relative_to(_PACKAGE) else None
-    if (unknown_key := _unknown_key(error)) is not None:
-        return unknown_key
+    if (mistyped := _unknown_key(error) or _unknown_type(error)) is not None:
+        return mistyped
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -125,8 +126,28 @@ def _unknown_key(error: BaseException) -> str | None:
     known = _parameters(built)
     if key in known:  # a slip in a class that does not take what it says
         return None
+    if can_be_divided(built):
+        known += [key for key in SUBSET_KEYS if key not in known]
     name = getattr(built, "__name__", built)
     return f"config: {name} has no key {key!r}; it takes {', '.join(known)}{closest(key, known)}"
+
+
+def _unknown_type(error: BaseException) -> str | None:
+    """The message of a config's dict with a `type` that is not registered, else `None`."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    if not isinstance(error, KeyError) or frames[-1].f_code is not build_from_cfg.__code__:
+        return None
+    frame = frames[-1]
+    kind, registry = frame.f_locals.get("obj_type"), frame.f_locals.get("registry")
+    if not isinstance(kind, str) or frame.f_locals.get("obj_cls") is not None:
+        return None
+    known: list[str] = []
+    place = registry
+    while place is not None:  # a library's own parts, then those of the one below it
+        known += place.module_dict
+        place = place.parent
+    hint = closest(kind, known) or "; one of your own has to be imported, by custom_imports"
+    return f"config: type={kind!r}: there is no such {registry.name}{hint}"
 
 
 def _parameters(built: Callable) -> list[str]:

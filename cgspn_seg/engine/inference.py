@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 from cgspn_seg import compat  # noqa: F401  (before mmseg)
@@ -13,10 +14,12 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmseg.apis import init_model
-from mmseg.registry import DATASETS
+from mmseg.models import BaseSegmentor
+from mmseg.registry import DATASETS, MODELS
 
 from cgspn_seg.checkpoints import load_checkpoint, load_weights, require_complete, state_dict_of
 from cgspn_seg.engine.options import dataset_to_test
+from cgspn_seg.models.distillation import Distiller
 from cgspn_seg.visualization import distinct_palette
 
 __all__ = ["Predictor"]
@@ -38,11 +41,12 @@ class Predictor:
 
     Raises:
         CheckpointError: If the checkpoint does not fill the model.
-        ValueError: If there is no such device, or the config has no test pipeline.
+        ValueError: If there is no such device, or the config has no test pipeline or no segmentor.
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
         device = _usable(device or get_device())
+        _require_segmentor(cfg)
         content = load_checkpoint(checkpoint)
         meta = content.get("meta", {})
         self.model = init_model(cfg, None, device="cpu")
@@ -63,6 +67,23 @@ class Predictor:
         with torch.inference_mode():
             sample = self.model.test_step(batch)[0]
         return sample.pred_sem_seg.data[0].cpu().numpy()
+
+
+def _require_segmentor(cfg: Config) -> None:
+    kind = (cfg.get("model") or {}).get("type")
+    kind = MODELS.get(kind) if isinstance(kind, str) else kind
+    if not inspect.isclass(kind) or issubclass(kind, BaseSegmentor):
+        return  # what is not registered is for the registry to say
+    way_out = "pass the config of a segmentor, such as an EncoderDecoder"
+    if issubclass(kind, Distiller):
+        way_out = (
+            "it distills an encoder, which has no classes yet: fine-tune that with heads first "
+            "(docs/distillation.md), and pass the config and the checkpoint of that training"
+        )
+    raise ValueError(
+        f"config: model.type={cfg.model.type!r} is no segmentor, so there is nothing to predict "
+        f"with; {way_out}"
+    )
 
 
 def _pipeline(cfg: Config) -> list[dict]:

@@ -290,6 +290,9 @@ def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
     if not any(isinstance(hook, SaveSubsetHook) for hook in runner.hooks):
         runner.register_hook(SaveSubsetHook())  # the config has other custom_hooks
     if for_prediction:
+        # A hook that asks for the iteration, as that of --show-dir does, would build the training
+        # loop, and with it the training data.
+        runner._train_loop = None
         runner.register_hook(PeakMemoryHook())
     return runner
 

@@ -225,6 +225,23 @@ def test_an_image_without_its_label_is_named(tiny_ade_root):
         checks.check_pairs(build(root), "train", LOGGER)
 
 
+def test_where_all_are_missing_the_suffix_is_named(tiny_ade_root):
+    root = tiny_ade_root()
+    with pytest.raises(
+        DataError,
+        match=r"4 of the 4 labels .*0000_l\.png\. .* end in '_l\.png': where theirs end "
+        r"otherwise, set train_dataloader\.dataset\.seg_map_suffix, and .*, "
+        r"train_dataloader\.dataset\.data_prefix\.seg_map_path\.",
+    ):
+        checks.check_pairs(build(root, seg_map_suffix="_l.png"), "train", LOGGER)
+    (root / "list.txt").write_text("0000\n0001\n")
+    with pytest.raises(
+        DataError, match=r"2 of the 2 images .*set val_dataloader.dataset.img_suffix"
+    ):
+        listed = build(root, img_suffix=".jpeg", ann_file="list.txt")
+        checks.check_pairs(listed, "val", LOGGER)
+
+
 def test_a_listed_image_that_does_not_exist_is_named(tiny_ade_root):
     root = tiny_ade_root()
     (root / "list.txt").write_text("0000\n0009\n")

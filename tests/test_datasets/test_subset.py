@@ -151,6 +151,7 @@ def test_repeated_and_joined_data_sets_take_their_parts(root):
         (dict(fraction=True), "got True"),
         (dict(fraction=float("nan")), "got nan"),
         (dict(fraction=0.5, seed=0.5), r"seed: expected an integer, got 0\.5"),
+        (dict(seed=3), r"seed: it chooses which images {where}\.fraction takes, which is not set"),
         (
             dict(type="RepeatDataset", fraction=0.5, dataset={}, times=2),
             r"RepeatDataset cannot be divided; set {where}\.dataset\.fraction",
@@ -189,6 +190,23 @@ def test_a_bad_label_is_named(root):
     (root / "annotations/training/0003.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"0003\.png cannot be read"):
         build(root, fraction=0.5)
+
+
+def test_labels_that_do_not_exist_are_counted_before_any_is_read(root):
+    with pytest.raises(
+        DataError,
+        match=r"20 of the 20 labels of the BaseSegDataset do not exist; .*0000_label\.png\. .*end "
+        r"in '_label\.png': where theirs end otherwise, set dataset\.seg_map_suffix",
+    ):
+        build(root, fraction=0.5, seg_map_suffix="_label.png")
+
+
+def test_the_log_says_of_which_images_the_part_is(root, monkeypatch):
+    logged = []
+    monkeypatch.setattr("cgspn_seg.datasets.subset.print_log", lambda text, *_: logged.append(text))
+    build(root, fraction=0.5)
+    (said,) = (text for text in logged if text.startswith("Took"))
+    assert said == f"Took 10 of the 20 images in {root}/images/training (fraction=0.5, seed=0)."
 
 
 def test_names_of_classes_cost_no_data(root):

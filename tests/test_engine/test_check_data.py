@@ -19,6 +19,7 @@ from torch import nn
 
 from cgspn_seg.datasets import DataError
 from cgspn_seg.engine import CheckDataHook
+from cgspn_seg.engine.hooks import check_data
 
 PIPELINE = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
 CLASSES = ("a", "b", "c", "d")
@@ -90,6 +91,18 @@ class TestWhenItLooks:
         with pytest.raises(DataError, match=r"1 of the 4 labels .*training/0003\.png"):
             CheckDataHook().before_train(fake_runner(root))
 
+    def test_the_parts_of_the_model_are_compared_and_sizes_warned_of_once(
+        self, tiny_ade_root, monkeypatch
+    ):
+        runner, seen = fake_runner(tiny_ade_root()), []
+        bare, runner.model = runner.model, nn.DataParallel(runner.model)
+        monkeypatch.setattr(check_data, "check_channels", lambda model: seen.append(model))
+        monkeypatch.setattr(check_data, "check_sizes", lambda model, logger: seen.append(logger))
+        hook = CheckDataHook()
+        hook.before_train(runner)
+        hook.before_val(runner)
+        assert seen == [bare, runner.logger]
+
     def test_no_seconds_means_that_no_label_is_read(self, tiny_ade_root):
         root = tiny_ade_root()
         spoil(root, "training")
@@ -110,6 +123,18 @@ def test_a_real_run_stops_before_its_first_iteration(
         Runner.from_cfg(cfg).train()
     assert "before_train" in steps
     assert "before_train_iter" not in steps
+
+
+def test_a_real_run_with_another_encoder_stops_before_its_first_iteration(
+    tiny_ade_root, shrunken, repository, tmp_path, monkeypatch
+):
+    tiny_ade_root(ids=(0, 1, 150), name="data/ade/ADEChallengeData2016")
+    monkeypatch.setenv("CGSPN_DATA", str(tmp_path / "data"))
+    cfg = shrunken(repository / "configs/cgspn/cgspn-tiny_upernet_8xb2-80k_ade20k-512x512.py")
+    cfg.model.backbone.arch.embed_dims = 24
+    cfg.work_dir = str(tmp_path / "work")
+    with pytest.raises(ValueError, match=r"model\.neck\.embed_dim=16, .*set .*embed_dim=24, "):
+        Runner.from_cfg(cfg).train()
 
 
 def _recording(call_hook, steps: list[str]):

@@ -10,11 +10,12 @@ import cgspn_seg.engine  # noqa: F401  (before mmseg)
 
 # isort: split
 from mmengine.registry import OPTIMIZERS, Registry, build_from_cfg
-from mmseg.registry import DATASETS, HOOKS, WEIGHT_INITIALIZERS
+from mmseg.registry import DATASETS, HOOKS, MODELS, WEIGHT_INITIALIZERS
 
 from cgspn_seg.checkpoints import CheckpointError
 from cgspn_seg.datasets.errors import check_label_shape
 from cgspn_seg.engine.cli import run
+from cgspn_seg.models import CGSPN  # noqa: F401  (registers it)
 from cgspn_seg.visualization import distinct_palette
 
 
@@ -127,6 +128,48 @@ def test_an_unknown_key_in_a_config_is_one_message(
     name = said.split(" ")[0] if not said.startswith(";") else config["type"]
     assert f"train.py: error: config: {name} has no key " in ended.said
     assert said in ended.said
+
+
+@pytest.mark.usefixtures("mmseg_scope")
+def test_keys_that_a_data_set_takes_beside_its_own_are_known(capsys: pytest.CaptureFixture) -> None:
+    ended = Ended(lambda: DATASETS.build(dict(type="CamVidDataset", fractoin=0.1)), capsys)
+    assert ended.code == 2
+    assert "CamVidDataset has no key 'fractoin'; it takes " in ended.said
+    assert ", fraction, seed; did you mean 'fraction'?" in ended.said
+
+
+@pytest.mark.usefixtures("mmseg_scope")
+@pytest.mark.parametrize(
+    ("registry", "kind", "said"),
+    [
+        (MODELS, "EncoderDecodr", "there is no such model; did you mean 'EncoderDecoder'?"),
+        (HOOKS, "CheckpointHok", "there is no such hook; did you mean 'CheckpointHook'?"),
+        (MODELS, "Qqq", "there is no such model; one of your own has to be imported, by custom_im"),
+    ],
+)
+def test_an_unknown_type_in_a_config_is_one_message(
+    registry: Registry, kind: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    ended = Ended(lambda: registry.build(dict(type=kind)), capsys)
+    assert ended.code == 2
+    assert f"train.py: error: config: type={kind!r}: {said}" in ended.said
+
+
+def test_an_unknown_type_inside_another_part_is_one_message(capsys: pytest.CaptureFixture) -> None:
+    def outer(inner: dict) -> object:
+        return MODELS.build(inner)
+
+    cfg = dict(type=outer, inner=dict(type="CGSPM"))
+    ended = Ended(lambda: build_from_cfg(cfg, HOOKS), capsys)
+    assert "type='CGSPM': there is no such model; did you mean 'CGSPN'?" in ended.said
+
+
+def test_another_missing_key_keeps_its_traceback() -> None:
+    def broken() -> None:
+        {}["gone"]
+
+    with pytest.raises(KeyError):
+        run(lambda: build_from_cfg(dict(type=broken), HOOKS))
 
 
 def test_an_unknown_key_that_is_not_the_configs_keeps_its_traceback() -> None:

@@ -7,8 +7,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from mmengine.config import Config
 from PIL import Image
 
+from cgspn_seg.engine.inference import Predictor
 from tests.test_tools.conftest import CLASSES
 
 
@@ -73,6 +75,17 @@ def test_unknown_classes_propose_the_closest(predict: ModuleType) -> None:
         predict.chosen_ids(CLASSES, ["bal"])
     with pytest.raises(ValueError, match=r"has no class 'xyz'; it has floor, box, ball"):
         predict.chosen_ids(CLASSES, ["xyz"])
+
+
+def test_a_distillation_has_no_segmentor_to_predict_with(repository: Path) -> None:
+    configs = repository / "configs" / "distillation"
+    cfg = Config.fromfile(configs / "cgspn-small_stage2_vit-small_1xb16-2.5k_camvid-384x480.py")
+    with pytest.raises(
+        ValueError,
+        match=r"config: model\.type='EndToEndDistiller' is no segmentor.*fine-tune .* first "
+        r"\(docs/distillation\.md\)",
+    ):
+        Predictor(cfg, "never_read.pth", "cpu")
 
 
 @pytest.mark.slow

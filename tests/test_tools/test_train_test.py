@@ -104,7 +104,8 @@ def test_resuming_a_complete_run_does_nothing_and_a_longer_one_is_an_error(
 def test_the_score_is_that_of_training_from_any_folder(trained: Workshop, tmp_path: Path) -> None:
     said = trained.run(
         "test.py", trained.config, trained.checkpoint, "--work-dir", tmp_path / "test",
-        "--out", tmp_path / "out", "--show-dir", tmp_path / "shown", cwd=tmp_path,
+        "--out", tmp_path / "out", "--show-dir", tmp_path / "shown", "--cfg-options",
+        "train_dataloader.dataset.data_root=gone", cwd=tmp_path,
     )  # fmt: skip
     (log,) = trained.work_dir.glob("*/*.log")
     assert miou(said) == miou(log.read_text())

@@ -1,4 +1,4 @@
-"""The hook that checks the data before a run spends time on them."""
+"""The hook that checks the data, and the model by them, before a run spends time on them."""
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
@@ -6,8 +6,15 @@ from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import HOOKS
 
-from cgspn_seg.datasets.checks import check_labels, check_num_classes, check_pairs, leaf_datasets
+from cgspn_seg.datasets.checks import (
+    check_labels,
+    check_num_classes,
+    check_pairs,
+    leaf_datasets,
+    unwrap,
+)
 from cgspn_seg.datasets.errors import DataError
+from cgspn_seg.models.checks import check_channels, check_sizes
 
 
 @HOOKS.register_module()
@@ -17,7 +24,9 @@ class CheckDataHook(Hook):
     Each image must have its label, each label must be readable, of the size of its image and hold
     the ids of the dataset's classes only, each image must be readable, and the heads of the model
     must predict these classes. Training checks what it validates on as well. In distributed runs
-    the first process reads the files, and all stop where it finds an error.
+    the first process reads the files, and all stop where it finds an error. The parts of a model
+    with one of this package's encoders must fit one another, too, and it is warned of sizes of
+    images that do not fit them.
 
     Args:
         max_seconds: When to stop reading labels and then images, for each dataset; `None` reads
@@ -26,6 +35,7 @@ class CheckDataHook(Hook):
 
     Raises:
         DataError: From the first method called; the message names the file or the config key.
+        ValueError: Likewise, where neck or heads take other channels than the encoder gives.
     """
 
     priority = "VERY_HIGH"
@@ -52,6 +62,10 @@ class CheckDataHook(Hook):
     def _check(self, runner: Runner, name: str, dataset: object) -> None:
         if name in self._checked:
             return
+        if not self._checked:
+            model = unwrap(runner.model)
+            check_channels(model)
+            check_sizes(model, runner.logger)
         self._checked.add(name)
         error = None
         if is_main_process():

@@ -20,7 +20,8 @@ class Encoder(BaseModule):
     """Base class of the encoders.
 
     Subclasses call :meth:`_finish` when their parts are there, and say by :meth:`_blocks`,
-    :meth:`_layer_of` and :meth:`_frozen_parts` how deep each lies.
+    :meth:`_layer_of` and :meth:`_frozen_parts` how deep each lies, and by :attr:`out_channels` how
+    wide their outputs are.
 
     Args:
         depth: number of what ``out_indices`` and ``frozen_stages`` count.
@@ -114,6 +115,11 @@ class Encoder(BaseModule):
             for option, value in values.items():
                 found.setdefault(option, {})[name] = value
         return found
+
+    @property
+    @abstractmethod
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each output."""
 
     @abstractmethod
     def _blocks(self) -> Sequence[nn.ModuleList]:

@@ -159,6 +159,11 @@ class HierarchicalEncoder(Encoder):
                     nn.init.zeros_(layer.bias)  # as in GSPN's code
         self._finish()
 
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each output."""
+        return tuple(self.arch.stage(i).embed_dims for i in self.out_indices)
+
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Features of (B, in_channels, H, W) images of any size.
 

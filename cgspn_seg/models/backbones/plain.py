@@ -120,6 +120,11 @@ class CGSPN(Encoder):
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each output."""
+        return (self.arch.embed_dims,) * len(self.out_indices)
+
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Features of (B, in_channels, H, W) images.
 
