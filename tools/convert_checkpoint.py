@@ -146,21 +146,13 @@ def read_teacher(args: argparse.Namespace) -> Teacher:
     if path.is_dir():
         return TransformersTeacher(path)
     try:
-        file = read_backbone(path)
+        read_backbone(path)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\nTEACHER: weights of timm need --timm NAME, and a model of transformers is "
             "given by its folder"
         ) from error
-    if "config" not in file.facts:
-        raise CheckpointError(f"{path}: has no config inside; export it again")
-    facts = {k: json.loads(file.facts[k]) for k in ("image_mean", "image_std") if k in file.facts}
-    return EncoderTeacher(
-        json.loads(file.facts["config"]),
-        path,
-        mean=facts.get("image_mean", IMAGENET_MEAN),
-        std=facts.get("image_std", IMAGENET_STD),
-    )
+    return EncoderTeacher(checkpoint=path)
 
 
 def build_student(args: argparse.Namespace, teacher: Teacher) -> tuple[CGSPN, dict]:

@@ -13,7 +13,7 @@ from cgspn_seg.checkpoints.fit import (
     require_usable,
     state_dict_of,
 )
-from cgspn_seg.checkpoints.hook import CheckpointCheckHook, RunComplete
+from cgspn_seg.checkpoints.hook import CheckpointCheckHook
 from cgspn_seg.checkpoints.loading import (
     CheckpointError,
     load_checkpoint,
@@ -27,7 +27,6 @@ __all__ = [
     "CheckpointCheckHook",
     "CheckpointError",
     "CheckpointFit",
-    "RunComplete",
     "load_checkpoint",
     "load_weights",
     "protect_checkpoint_loading",

@@ -20,9 +20,14 @@ from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
 from cgspn_seg import datasets, models  # noqa: F401  (their parts, for configs without them)
-from cgspn_seg.checkpoints import CheckpointCheckHook, RunComplete, protect_checkpoint_loading
+from cgspn_seg.checkpoints import CheckpointCheckHook, protect_checkpoint_loading
 from cgspn_seg.engine.cli import INTERRUPTED, is_interruption, message_of, run
-from cgspn_seg.engine.hooks import PeakMemoryHook, SaveSubsetHook
+from cgspn_seg.engine.hooks import (
+    CheckScheduleHook,
+    PeakMemoryHook,
+    RunComplete,
+    SaveSubsetHook,
+)
 from cgspn_seg.engine.options import CHANNELS_LAST, OWN_KEYS, UPSTREAM_KEYS, Options, merge_options
 
 __all__ = [
@@ -287,6 +292,7 @@ def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
     else:
         runner = _Runner.from_cfg(cfg)
     runner.register_hook(CheckpointCheckHook(for_prediction))
+    runner.register_hook(CheckScheduleHook())
     if not any(isinstance(hook, SaveSubsetHook) for hook in runner.hooks):
         runner.register_hook(SaveSubsetHook())  # the config has other custom_hooks
     if for_prediction:

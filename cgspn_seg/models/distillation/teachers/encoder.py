@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from cgspn_seg.checkpoints.export import read_facts
 from cgspn_seg.checkpoints.fit import (
     find_prefix,
     load_weights,
@@ -49,7 +51,7 @@ class EncoderTeacher(Teacher):
         checkpoint: its weights: a backbone file, or a checkpoint with a prefix; None for random
             ones.
         prefix: what stands before the encoder's names in the checkpoint, such as "backbone.".
-        mean: of the images, in 0..255 units.
+        mean: of the images, in 0..255 units; None for what a backbone file says, else ImageNet's.
         std: likewise.
 
     Raises:
@@ -65,13 +67,14 @@ class EncoderTeacher(Teacher):
         encoder: Mapping[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         prefix: str = "",
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
-        content, stored = {}, None
+        content, stored, facts = {}, None, None
         if checkpoint is not None:
             content = _read(str(checkpoint))
             stored = stored_config(str(checkpoint), content)
+            facts = read_facts(checkpoint, content)
         if encoder is None:
             encoder = _require_stored(stored, checkpoint)
             origin = f"the config inside {checkpoint}"
@@ -90,8 +93,8 @@ class EncoderTeacher(Teacher):
         super().__init__(
             model,
             _ENCODER,
-            mean,
-            std,
+            mean or _stated(facts, "image_mean", IMAGENET_MEAN),
+            std or _stated(facts, "image_std", IMAGENET_STD),
             name="CGSPN" if checkpoint is None else str(checkpoint),
             library="cgspn_seg",
             image_size=None
@@ -121,6 +124,10 @@ def _read(checkpoint: str) -> dict[str, Any]:
             "(docs/distillation.md). Say where it is: --cfg-options model.teacher.checkpoint=FILE"
         )
     return load_checkpoint(checkpoint)
+
+
+def _stated(facts: Any, key: str, default: Sequence[float]) -> Sequence[float]:
+    return json.loads(facts[key]) if isinstance(facts, Mapping) and key in facts else default
 
 
 def _require_stored(
