@@ -1,5 +1,7 @@
 """The mixers of GSPN and GSPN-2 equal their equations, and propagate what they should."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,6 +59,35 @@ def test_equals_the_equations(cls, segment_length, size):
 )
 def test_equals_the_equations_with_other_options(cls, options):
     assert_equal_with_derivatives(build(cls, **options), tokens(3, 4))
+
+
+def test_channels_that_are_added_for_the_gpu_change_nothing(monkeypatch):
+    mixer = build(GSPNMixer, segment_length=2)
+    monkeypatch.setattr(mixer, "_padding", lambda x: 4)
+    assert_equal_with_derivatives(mixer, tokens(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "padding"),
+    [
+        (162, torch.bfloat16, 30),
+        (324, torch.bfloat16, 60),
+        (180, torch.bfloat16, 12),
+        (144, torch.bfloat16, 0),  # whole accesses, though no whole slices
+        (162, torch.float32, 30),
+        (180, torch.float32, 0),
+    ],
+)
+def test_a_gpu_scans_whole_accesses(channels, dtype, padding):
+    x = SimpleNamespace(
+        is_cuda=True, shape=(1, 2, 2, channels), element_size=lambda: dtype.itemsize
+    )
+    mixer = build(GSPNMixer)
+    assert mixer._padding(x) == padding
+    x.is_cuda = False
+    assert mixer._padding(x) == 0
+    x.is_cuda, mixer.compat = True, "gspn-v1"
+    assert mixer._padding(x) == 0
 
 
 @pytest.mark.parametrize("segment_length", [None, 2])
