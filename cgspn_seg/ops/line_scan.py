@@ -18,6 +18,9 @@ except ImportError as error:
 DIRECTIONS = ("down", "up", "right", "left")
 """Names of the scan directions; a direction's index is what the operator's schema takes."""
 
+# What a thread and a block of the CUDA kernels take of a pixel's channels (csrc/cuda/plan.cpp).
+_ACCESS_BYTES, _SLICE_BYTES = 16, 128
+
 
 def line_scan(
     x: Tensor,
@@ -69,6 +72,26 @@ def line_scan(
     return torch.ops.cgspn_seg.line_scan(
         x, weight, input_gate, direction_indices(directions), segment_length
     )
+
+
+def channels_to_add(x: Tensor) -> int:
+    """How many channels of zeros beside those of ``x`` make :func:`line_scan` faster.
+
+    Where a pixel's channels are no multiple of 16 bytes, as 162 in half precision, a GPU's threads
+    cannot take 16 bytes at once, and scanning whole slices of 128 bytes costs less
+    (docs/models.md). A projection can make the channels of the coefficients at no cost; the op
+    would have to copy them.
+
+    Args:
+        x: as for :func:`line_scan`.
+
+    Returns:
+        The number; 0 on the CPU, and where accesses are whole.
+    """
+    size, channels = x.element_size(), x.shape[-1]
+    if not x.is_cuda or channels * size % _ACCESS_BYTES == 0:
+        return 0
+    return -channels % (_SLICE_BYTES // size)
 
 
 def direction_indices(directions: Sequence[str]) -> list[int]:

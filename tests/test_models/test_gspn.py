@@ -1,14 +1,12 @@
 """The mixers of GSPN and GSPN-2 equal their equations, and propagate what they should."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cgspn_seg.models import CGSPN
 from cgspn_seg.models.arch import Architecture
-from cgspn_seg.models.mixers import GSPN2Mixer, GSPNMixer
+from cgspn_seg.models.mixers import GSPN2Mixer, GSPNMixer, gspn
 from tests.test_models import transcription
 
 ARCH = Architecture(8, 1, 2, 16, 4)
@@ -62,32 +60,18 @@ def test_equals_the_equations_with_other_options(cls, options):
 
 
 def test_channels_that_are_added_for_the_gpu_change_nothing(monkeypatch):
-    mixer = build(GSPNMixer, segment_length=2)
-    monkeypatch.setattr(mixer, "_padding", lambda x: 4)
-    assert_equal_with_derivatives(mixer, tokens(5, 3))
+    monkeypatch.setattr(gspn, "channels_to_add", lambda x: 4)
+    assert_equal_with_derivatives(build(GSPNMixer, segment_length=2), tokens(5, 3))
+    assert_equal_with_derivatives(build(GSPNMixer, compat="gspn-v1"), tokens(4, 4))
 
 
-@pytest.mark.parametrize(
-    ("channels", "dtype", "padding"),
-    [
-        (162, torch.bfloat16, 30),
-        (324, torch.bfloat16, 60),
-        (180, torch.bfloat16, 12),
-        (144, torch.bfloat16, 0),  # whole accesses, though no whole slices
-        (162, torch.float32, 30),
-        (180, torch.float32, 0),
-    ],
-)
-def test_a_gpu_scans_whole_accesses(channels, dtype, padding):
-    x = SimpleNamespace(
-        is_cuda=True, shape=(1, 2, 2, channels), element_size=lambda: dtype.itemsize
-    )
-    mixer = build(GSPNMixer)
-    assert mixer._padding(x) == padding
-    x.is_cuda = False
-    assert mixer._padding(x) == 0
-    x.is_cuda, mixer.compat = True, "gspn-v1"
-    assert mixer._padding(x) == 0
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_with_added_channels_computes_the_same():
+    mixer = GSPNMixer(Architecture(6, 1, 2, 16, 4), segment_length=2)
+    x = tokens(5, 3)[..., :6].detach().float()
+    assert gspn.channels_to_add(torch.empty(1, 1, 1, 9, device="cuda")) == 23
+    torch.testing.assert_close(mixer.cuda()(x.cuda()).cpu(), mixer.cpu()(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("segment_length", [None, 2])

@@ -1,12 +1,13 @@
 """The operator against two oracles, its derivatives, its registration, and its refusals."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from cgspn_seg.ops import DIRECTIONS, line_scan, line_scan_reference
+from cgspn_seg.ops import DIRECTIONS, channels_to_add, line_scan, line_scan_reference
 
 from .oracles import TOLERANCES, dense_scan, make_inputs, relative_error, with_gradients
 
@@ -321,3 +322,21 @@ def test_refuses_tensors_on_different_devices():
     x, weight, gate = (t.detach() for t in make_inputs())
     with pytest.raises(ValueError, match=r"weight must be on the device of x, cpu; got cuda"):
         line_scan(x, weight.cuda(), gate)
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "added"),
+    [
+        (162, torch.bfloat16, 30),
+        (324, torch.bfloat16, 60),
+        (180, torch.bfloat16, 12),
+        (144, torch.bfloat16, 0),  # whole accesses, though no whole slices
+        (162, torch.float32, 30),
+        (180, torch.float32, 0),
+    ],
+)
+def test_channels_are_added_to_whole_slices_where_accesses_are_not_whole(channels, dtype, added):
+    shape = (1, 2, 2, channels)
+    on_gpu = SimpleNamespace(is_cuda=True, shape=shape, element_size=lambda: dtype.itemsize)
+    assert channels_to_add(on_gpu) == added
+    assert channels_to_add(torch.empty(shape, dtype=dtype)) == 0

@@ -9,14 +9,11 @@ from torch.nn import functional as F
 from cgspn_seg.errors import closest, require_positive_int
 from cgspn_seg.models.arch import Architecture
 from cgspn_seg.models.mixers.registry import MIXERS
-from cgspn_seg.ops import DIRECTIONS, direction_indices, line_scan
+from cgspn_seg.ops import DIRECTIONS, channels_to_add, direction_indices, line_scan
 from cgspn_seg.ops.fused import merge_directions
 
 COMPAT = "gspn-v1"
 """The value of `compat` that reproduces how the original code maps its directions."""
-
-ACCESS_BYTES, SLICE_BYTES = 16, 128
-"""What a thread and what a block of the scan's CUDA kernel take of a pixel's channels."""
 
 
 class GlobalResponseNorm(nn.Module):
@@ -128,7 +125,7 @@ class GSPNMixer(nn.Module):
         """(B, H, W, C) to (B, H, W, C)."""
         # The permuted view is what PyTorch calls channels_last: no copy on the way in or out.
         x = self.conv(self.in_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        padding = self._padding(x)
+        padding = channels_to_add(x) if self.compat is None else 0
         weights = self._merged_weights(padding)
         coefficients = F.linear(self.proxy(x), torch.cat(weights))
         logits, input_gate, output_gate, skip = coefficients.split([len(w) for w in weights], -1)
@@ -146,17 +143,6 @@ class GSPNMixer(nn.Module):
         else:
             y = self._turned(x, logits, input_gate, output_gate, skip)
         return self.out(self.grn(self.norm(y)))
-
-    def _padding(self, x: Tensor) -> int:
-        """How many channels of zeros to scan with those of ``x``.
-
-        On a GPU, threads that cannot take 16 bytes at once, as of GSPN-S's 162 channels in half
-        precision, cost more than scanning whole slices does.
-        """
-        if self.compat is not None or not x.is_cuda:
-            return 0
-        size, dims = x.element_size(), x.shape[-1]
-        return -dims % (SLICE_BYTES // size) if dims * size % ACCESS_BYTES else 0
 
     def _merged_weights(self, padding: int) -> list[Tensor]:
         """The weights of ŵ, λ, m u and m D; that of the last summed over directions, unless each is
