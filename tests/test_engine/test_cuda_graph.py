@@ -1,8 +1,10 @@
 """CUDAGraphHook: the same training, replayed."""
 
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -170,14 +172,36 @@ def train_what_waits() -> None:
             train(CUDAGraphHook(), False, auxiliary_head=head)
 
 
+def train_while_pinning() -> None:
+    done = Event()
+
+    def pin() -> int:
+        count = 0
+        while not done.is_set():
+            count += 1
+            torch.empty(1 << 16 << count % 8).pin_memory()
+        return count
+
+    with DefaultScope.overwrite_default_scope("mmseg"), ThreadPoolExecutor(1) as loader:
+        pinned = loader.submit(pin)
+        try:
+            _, model = train(CUDAGraphHook(), True)
+        finally:
+            done.set()
+        assert model.extract_feat.__name__ == "forward"
+        assert pinned.result() > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_cannot_be_recorded_is_said() -> None:
-    # In a process of its own: PyTorch's random numbers do not survive a recording that fails.
+@pytest.mark.parametrize("trained", [train_what_waits, train_while_pinning])
+def test_in_a_process_of_its_own(trained: Callable) -> None:
+    """What cannot be recorded is said, and what another thread pins is no reason for that."""
+    # PyTorch's random numbers do not survive a recording that fails.
     # As in conftest.py, the stub of mmcv's operators has to be there before mmseg.
     stub = dict(initializer=import_module, initargs=("cgspn_seg.compat",))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **stub) as pool:
-        pool.submit(train_what_waits).result()
+        pool.submit(trained).result()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")

@@ -5,10 +5,12 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
+from torch.utils.data import DataLoader
 
 from cgspn_seg.engine import launch
 
@@ -293,6 +295,16 @@ class TestResume:
     def test_the_command_that_resumes(self, monkeypatch, before, after):
         monkeypatch.setattr(sys, "argv", ["tools/train.py", *shlex.split(before)])
         assert launch._resume_command() == f"python tools/train.py {after}"
+
+    def test_no_loader_outlives_the_training(self):
+        loader = DataLoader([0, 1], num_workers=1, persistent_workers=True)
+        loop = SimpleNamespace(dataloader=loader)
+        runner = SimpleNamespace(
+            train=lambda: next(iter(loader)), _train_loop=loop, _val_loop=dict(type="ValLoop")
+        )
+        launch.train(runner)
+        (worker,) = loader._iterator._workers
+        assert worker.exitcode == 0
 
     def test_a_launcher_is_left_to_the_user(self):
         """Its own command, such as torchrun's, is not in this process's arguments."""

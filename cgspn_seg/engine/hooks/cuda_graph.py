@@ -2,7 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,7 @@ def record(model: EncoderDecoder | Distiller, image: Tensor) -> None:
         enabled=torch.is_autocast_enabled("cuda"),
         cache_enabled=False,  # else weights that were converted before would not be again
     )
-    with autocast:
+    with autocast, _thread_local_capture():
         (_record_distiller if isinstance(model, Distiller) else _record_segmentor)(model, image)
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), buffers, strict=True):
@@ -105,6 +106,18 @@ def record(model: EncoderDecoder | Distiller, image: Tensor) -> None:
     torch.cuda.set_rng_state(random_state)
     # Gradients come from another stream, that of the recording; autograd waits for it, and warns.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+
+
+@contextmanager
+def _thread_local_capture() -> Iterator[None]:
+    """Let other threads use the GPU: a loader's may pin a batch, which would break a recording."""
+    graph = torch.cuda.graph
+    # make_graphed_callables has no such option.
+    torch.cuda.graph = partial(graph, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        torch.cuda.graph = graph
 
 
 def _record_distiller(model: Distiller, image: Tensor) -> None:
