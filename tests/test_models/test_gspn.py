@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from cgspn_seg.models import CGSPN
 from cgspn_seg.models.arch import Architecture
 from cgspn_seg.models.mixers import GSPN2Mixer, GSPNMixer, gspn
+from cgspn_seg.ops import line_scan
 from tests.test_models import transcription
 
 ARCH = Architecture(8, 1, 2, 16, 4)
@@ -63,6 +64,21 @@ def test_channels_that_are_added_for_the_gpu_change_nothing(monkeypatch):
     monkeypatch.setattr(gspn, "channels_to_add", lambda x: 4)
     assert_equal_with_derivatives(build(GSPNMixer, segment_length=2), tokens(5, 3))
     assert_equal_with_derivatives(build(GSPNMixer, compat="gspn-v1"), tokens(4, 4))
+
+
+def test_channels_are_added_so_that_pixels_are_whole_slices_apart(monkeypatch):
+    strides = []
+
+    def scan(x: Tensor, *coefficients: Tensor, **options: object) -> Tensor:
+        strides.extend(s for t in (x, *coefficients) for s in t.stride()[:-1])
+        return line_scan(x, *coefficients, **options)
+
+    monkeypatch.setattr(gspn, "channels_to_add", lambda x: -x.shape[-1] % 32)
+    monkeypatch.setattr(gspn, "line_scan", scan)
+    mixer = GSPNMixer(Architecture(6, 1, 2, 16, 4))
+    assert mixer(tokens(5, 3)[..., :6].detach().float()).shape == (2, 5, 3, 6)
+    assert strides
+    assert all(stride % 32 == 0 for stride in strides)
 
 
 @pytest.mark.gpu

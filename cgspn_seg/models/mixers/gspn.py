@@ -134,7 +134,7 @@ class GSPNMixer(nn.Module):
         input_gate, output_gate = (
             part.unflatten(-1, (d, dims + padding)) for part in (input_gate, output_gate)
         )
-        skip = skip.unflatten(-1, (-1, dims))
+        skip = skip.unflatten(-1, (-1, dims + padding))[..., :dims]
         if self.compat is None:
             scanned = F.pad(x, (0, padding)) if padding else x
             h = self._scan(scanned, logits, input_gate, self.directions)
@@ -146,7 +146,8 @@ class GSPNMixer(nn.Module):
 
     def _merged_weights(self, padding: int) -> list[Tensor]:
         """The weights of ŵ, λ, m u and m D; that of the last summed over directions, unless each is
-        for an image of its own, the others with zeros for the padding of each direction.
+        for an image of its own. All have zeros for the padding of each direction, D too: pixels
+        are then whole slices apart.
 
         u and D are linear in z. Merged here, m is no pass over an image, and not rounded to half
         precision under autocast.
@@ -158,9 +159,9 @@ class GSPNMixer(nn.Module):
         output_gate, skip = scales * output_gate, scales * skip
         if self.compat is None:
             skip = skip.sum(0, keepdim=True)
-        scanned = logits.unflatten(0, (3 * d, dims)), input_gate, output_gate
-        padded = [F.pad(w, (0, 0, 0, padding)) for w in scanned] if padding else scanned
-        return [w.flatten(0, 1) for w in (*padded, skip)]
+        weights = logits.unflatten(0, (3 * d, dims)), input_gate, output_gate, skip
+        padded = [F.pad(w, (0, 0, 0, padding)) for w in weights] if padding else weights
+        return [w.flatten(0, 1) for w in padded]
 
     def _scan(
         self, x: Tensor, logits: Tensor, input_gate: Tensor, directions: Sequence[str]
