@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 from cgspn_seg.checkpoints.loading import CheckpointError
 
@@ -32,6 +34,8 @@ _TRAINING_ONLY = ("auxiliary_head",)
 _IDENTITY = ("adapters",)
 # Of batch norms; checkpoints before PyTorch 0.4.1 lack it, and nothing here depends on it.
 _COUNTER = "num_batches_tracked"
+# What FSDP puts into the names of a model's tensors.
+_FSDP = "_fsdp_wrapped_module."
 # How PyTorch names a tensor that it does not load for its shape.
 _REFUSED = re.compile(r"^\s*size mismatch for (\S+): ", re.MULTILINE)
 
@@ -142,14 +146,30 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Ch
     """Load what fits into a model and report the rest; the caller decides whether that will do.
 
     Args:
-        model: The model; wrappers (DDP, test-time augmentation) are looked through.
+        model: The model; wrappers (DDP, FSDP, test-time augmentation) are looked through. Under
+            FSDP every process has to call this, with all of `state_dict`.
         state_dict: Tensors by name, as the model names them.
 
     Returns:
         How the two correspond, but for the counters of batch norms.
     """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        if isinstance(model, FullyShardedDataParallel):
+            break
         model = model.module
+    with _whole_tensors(model):
+        return _load(model, state_dict)
+
+
+def _whole_tensors(model: nn.Module) -> AbstractContextManager:
+    """FSDP's own way to read and load tensors of which each process has a part."""
+    if not isinstance(model, FullyShardedDataParallel):
+        return nullcontext()
+    full = StateDictType.FULL_STATE_DICT, FullStateDictConfig()
+    return FullyShardedDataParallel.state_dict_type(model, *full)
+
+
+def _load(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> CheckpointFit:
     expected = {
         key: tuple(value.shape)
         for key, value in _tensors(model.state_dict()).items()
@@ -161,7 +181,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Ch
     except RuntimeError as error:
         # Modules may adapt what they load, such as positional embeddings: only what they refuse is
         # a mismatch, and PyTorch reports that as text only.
-        refused = set(_REFUSED.findall(str(error)))
+        refused = {key.replace(_FSDP, "") for key in _REFUSED.findall(str(error))}
         mismatched = {
             key: (expected[key], tuple(value.shape))
             for key, value in _tensors(state_dict).items()
@@ -171,18 +191,19 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Ch
             raise
         fitting = {key: value for key, value in state_dict.items() if key not in mismatched}
         keys = model.load_state_dict(_like(state_dict, fitting), strict=False)
-    missing = tuple(
-        key for key in keys.missing_keys if key not in mismatched and not key.endswith(_COUNTER)
+    missing, unexpected = (
+        tuple(key.replace(_FSDP, "") for key in kind)
+        for kind in (keys.missing_keys, keys.unexpected_keys)
     )
+    missing = tuple(k for k in missing if k not in mismatched and not k.endswith(_COUNTER))
     absent = {*missing, *mismatched}
     counts: dict[str, tuple[int, int]] = {}
     for key in expected:
         got, total = counts.get(_child(key), (0, 0))
         counts[_child(key)] = (got + (key not in absent), total + 1)
-    children = frozenset(name for name, _ in model.named_children())
-    return CheckpointFit(
-        len(expected), missing, tuple(keys.unexpected_keys), mismatched, children, counts
-    )
+    own = model.module if isinstance(model, FullyShardedDataParallel) else model
+    children = frozenset(name for name, _ in own.named_children())
+    return CheckpointFit(len(expected), missing, unexpected, mismatched, children, counts)
 
 
 def _like(state_dict: Mapping[str, Any], chosen: dict[str, Any]) -> OrderedDict[str, Any]:

@@ -24,6 +24,7 @@ from cgspn_seg.checkpoints import CheckpointCheckHook, protect_checkpoint_loadin
 from cgspn_seg.engine.cli import INTERRUPTED, is_interruption, message_of, run
 from cgspn_seg.engine.hooks import (
     CheckScheduleHook,
+    FSDPHook,
     PeakMemoryHook,
     RunComplete,
     SaveSubsetHook,
@@ -298,6 +299,7 @@ def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
         runner = _Runner.from_cfg(cfg)
     runner.register_hook(CheckpointCheckHook(for_prediction))
     runner.register_hook(CheckScheduleHook())
+    runner.register_hook(FSDPHook())
     if not any(isinstance(hook, SaveSubsetHook) for hook in runner.hooks):
         runner.register_hook(SaveSubsetHook())  # the config has other custom_hooks
     if for_prediction:

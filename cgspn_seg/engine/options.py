@@ -13,6 +13,7 @@ from cgspn_seg import compat  # noqa: F401  (before MMEngine's runner)
 # isort: split
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
+from mmseg.registry import RUNNERS
 
 from cgspn_seg.engine.cli import message_of
 from cgspn_seg.errors import closest
@@ -74,7 +75,7 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If an option would change nothing, or does not fit the config's structure.
     """
-    read = _keys_read(cfg)
+    read = _keys_read(cfg, options.get("runner_type"))
     for key in options:
         top = key.split(".", 1)[0]
         if top in read:
@@ -100,9 +101,11 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
         raise ValueError(f"--cfg-options {pairs}: {message_of(error)}") from error
 
 
-def _keys_read(cfg: Config) -> set[str]:
+def _keys_read(cfg: Config, runner_type: str | None = None) -> set[str]:
     """Top-level keys that are read when the config has been."""
     read = {*UPSTREAM_KEYS, *OWN_KEYS} - {"custom_imports"}  # done while the config was read
+    if runner := RUNNERS.get(runner_type or cfg.get("runner_type") or "Runner"):
+        read |= inspect.signature(runner).parameters.keys()  # FlexibleRunner's strategy
     if dataset_to_test(cfg).get("pipeline"):
         read.discard("test_pipeline")  # it wins, so that testing and predicting cannot differ
     return read

@@ -122,6 +122,7 @@ class TestOptions:
             ("test_pipeline.0.scale=2", r"the copies: test_dataloader\.dataset\.pipeline$"),
             ("img_ratios=[1.0]", "'img_ratios' is a variable of the config, which nothing reads"),
             ("chanels_last=True", "nothing reads it; did you mean 'channels_last'"),
+            ("strategy.type=FSDPStrategy", "the config has no 'strategy' and nothing reads it"),
             ("channels_last=yes", "channels_last: expected True or False, got 'yes'"),
             ("model.head.num_classes.x=1", "--cfg-options model.head.num_classes.x=1: "),
         ],
@@ -145,6 +146,11 @@ class TestOptions:
         for part in key.split("."):
             cfg = cfg[part]
         assert str(cfg) == value
+
+    def test_what_another_runner_reads_may_be_set(self, config):
+        options = ("runner_type=FlexibleRunner", "strategy.type=FSDPStrategy")
+        cfg = launch.load_config(parsed(str(config), "--cfg-options", *options))
+        assert cfg.strategy.type == "FSDPStrategy"
 
     def test_a_test_pipeline_is_read_where_the_data_set_has_none(self, config):
         config.write_text("model = dict()\ntest_pipeline = [dict(type='Resize', scale=1)]\n")

@@ -3,6 +3,7 @@
 from cgspn_seg.engine.hooks.check_data import CheckDataHook
 from cgspn_seg.engine.hooks.check_schedule import CheckScheduleHook, RunComplete
 from cgspn_seg.engine.hooks.cuda_graph import CUDAGraphHook
+from cgspn_seg.engine.hooks.fsdp import FSDPHook
 from cgspn_seg.engine.hooks.peak_memory import PeakMemoryHook
 from cgspn_seg.engine.hooks.save_subset import SaveSubsetHook
 
@@ -10,6 +11,7 @@ __all__ = [
     "CUDAGraphHook",
     "CheckDataHook",
     "CheckScheduleHook",
+    "FSDPHook",
     "PeakMemoryHook",
     "RunComplete",
     "SaveSubsetHook",
