@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 from cgspn_seg.checkpoints.loading import CheckpointError
+from cgspn_seg.sharding import is_sharded, own_name, whole_state_dicts
 
 __all__ = [
     "CheckpointFit",
@@ -34,8 +33,6 @@ _TRAINING_ONLY = ("auxiliary_head",)
 _IDENTITY = ("adapters",)
 # Of batch norms; checkpoints before PyTorch 0.4.1 lack it, and nothing here depends on it.
 _COUNTER = "num_batches_tracked"
-# What FSDP puts into the names of a model's tensors.
-_FSDP = "_fsdp_wrapped_module."
 # How PyTorch names a tensor that it does not load for its shape.
 _REFUSED = re.compile(r"^\s*size mismatch for (\S+): ", re.MULTILINE)
 
@@ -153,20 +150,10 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Ch
     Returns:
         How the two correspond, but for the counters of batch norms.
     """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        if isinstance(model, FullyShardedDataParallel):
-            break
+    while not is_sharded(model) and (is_model_wrapper(model) or isinstance(model, BaseTTAModel)):
         model = model.module
-    with _whole_tensors(model):
+    with whole_state_dicts(model):
         return _load(model, state_dict)
-
-
-def _whole_tensors(model: nn.Module) -> AbstractContextManager:
-    """FSDP's own way to read and load tensors of which each process has a part."""
-    if not isinstance(model, FullyShardedDataParallel):
-        return nullcontext()
-    full = StateDictType.FULL_STATE_DICT, FullStateDictConfig()
-    return FullyShardedDataParallel.state_dict_type(model, *full)
 
 
 def _load(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> CheckpointFit:
@@ -181,7 +168,7 @@ def _load(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Checkpoin
     except RuntimeError as error:
         # Modules may adapt what they load, such as positional embeddings: only what they refuse is
         # a mismatch, and PyTorch reports that as text only.
-        refused = {key.replace(_FSDP, "") for key in _REFUSED.findall(str(error))}
+        refused = set(map(own_name, _REFUSED.findall(str(error))))
         mismatched = {
             key: (expected[key], tuple(value.shape))
             for key, value in _tensors(state_dict).items()
@@ -192,8 +179,7 @@ def _load(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Checkpoin
         fitting = {key: value for key, value in state_dict.items() if key not in mismatched}
         keys = model.load_state_dict(_like(state_dict, fitting), strict=False)
     missing, unexpected = (
-        tuple(key.replace(_FSDP, "") for key in kind)
-        for kind in (keys.missing_keys, keys.unexpected_keys)
+        tuple(map(own_name, kind)) for kind in (keys.missing_keys, keys.unexpected_keys)
     )
     missing = tuple(k for k in missing if k not in mismatched and not k.endswith(_COUNTER))
     absent = {*missing, *mismatched}
@@ -201,7 +187,7 @@ def _load(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> Checkpoin
     for key in expected:
         got, total = counts.get(_child(key), (0, 0))
         counts[_child(key)] = (got + (key not in absent), total + 1)
-    own = model.module if isinstance(model, FullyShardedDataParallel) else model
+    own = model.module if is_sharded(model) else model
     children = frozenset(name for name, _ in own.named_children())
     return CheckpointFit(len(expected), missing, unexpected, mismatched, children, counts)
 

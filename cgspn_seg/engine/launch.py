@@ -28,6 +28,7 @@ from cgspn_seg.engine.hooks import (
     PeakMemoryHook,
     RunComplete,
     SaveSubsetHook,
+    check_strategy,
 )
 from cgspn_seg.engine.options import CHANNELS_LAST, OWN_KEYS, UPSTREAM_KEYS, Options, merge_options
 
@@ -284,10 +285,10 @@ def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
     training's thread; `train_dataloader.pin_memory=False` in the config wins.
 
     Raises:
-        ValueError: If a `runner_type` of the config's own is combined with `channels_last`.
+        ValueError: If a `runner_type` of the config's own is combined with `channels_last`, or
+            FSDP with what it cannot do; see :func:`check_strategy`.
     """
-    if cfg.get("train_dataloader") and torch.cuda.is_available():
-        cfg.train_dataloader.setdefault("pin_memory", True)
+    pin_batches(cfg)
     if "runner_type" in cfg:
         if cfg.get(CHANNELS_LAST):
             raise ValueError(
@@ -295,6 +296,7 @@ def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
                 f"runner_type={cfg.runner_type!r} or {CHANNELS_LAST}"
             )
         runner = RUNNERS.build(cfg)
+        check_strategy(runner)
     else:
         runner = _Runner.from_cfg(cfg)
     runner.register_hook(CheckpointCheckHook(for_prediction))
@@ -308,6 +310,17 @@ def build_runner(cfg: Config, *, for_prediction: bool = False) -> Runner:
         runner._train_loop = None
         runner.register_hook(PeakMemoryHook())
     return runner
+
+
+def pin_batches(cfg: Config) -> None:
+    """Have the training's loader pin its batches where there is a GPU, unless the config has a say.
+
+    Args:
+        cfg: The config; its `train_dataloader` is changed.
+    """
+    loader = cfg.get("train_dataloader")
+    if isinstance(loader, dict) and torch.cuda.is_available():
+        loader.setdefault("pin_memory", True)
 
 
 def train(runner: Runner) -> None:
@@ -328,11 +341,15 @@ def train(runner: Runner) -> None:
         iteration = runner.train_loop.iter if not isinstance(runner._train_loop, dict) else 0
         sys.stderr.write(f"\nInterrupted at iteration {iteration}; {message}\n")
         raise SystemExit(INTERRUPTED) from None
-    _stop_workers(runner)
+    finally:
+        _stop_workers(runner)
 
 
 def _stop_workers(runner: Runner) -> None:
-    """End the loaders' processes: at exit, PyTorch waits 5 s for each if persistent and pinned."""
+    """End the loaders' processes.
+
+    At exit, PyTorch before 2.13 waits 5 s for each one that is persistent and pinned.
+    """
     for loop in (runner._train_loop, runner._val_loop):
         iterator = getattr(getattr(loop, "dataloader", None), "_iterator", None)
         if hasattr(iterator, "_shutdown_workers"):

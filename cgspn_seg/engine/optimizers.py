@@ -8,6 +8,7 @@ from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from cgspn_seg.errors import closest
+from cgspn_seg.sharding import is_sharded, num_axes, own_name
 
 OPTIONS = ("layer_decay_rate", "custom_keys")
 
@@ -45,6 +46,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f"paramwise_cfg.layer_decay_rate must be in (0, 1]; got {rate}")
 
     def __call__(self, model: nn.Module) -> object:
+        # MMEngine looks through wrappers, FSDP too, whose parameters are then flat.
+        whole = model if is_sharded(model) else getattr(model, "module", model)
+        self._num_axes = num_axes(whole)
         # Without options MMEngine's constructor would put all parameters in one group with decay.
         self.paramwise_cfg = {"layer_decay_rate": 1.0, **self.paramwise_cfg}
         return super().__call__(model)
@@ -52,12 +56,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(self, params: list[dict], module: nn.Module, **_: object) -> None:
         """Appends the parameter groups of the whole model ``module`` to ``params``."""
         groups: dict[tuple[float, float], dict] = {}
-        for name, parameter in module.named_parameters():
+        for sharded_name, parameter in module.named_parameters():
+            name = own_name(sharded_name)
             if not parameter.requires_grad:
                 continue
             lr = self.base_lr
             weight_decay = self.base_wd or 0.0
-            if parameter.ndim < 2 or name.endswith("pos_embed"):
+            if self._num_axes[name] < 2 or name.endswith("pos_embed"):
                 weight_decay = 0.0
             for custom in self._custom_settings(name):
                 lr *= custom.get("lr_mult", 1.0)

@@ -104,7 +104,8 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
 def _keys_read(cfg: Config, runner_type: str | None = None) -> set[str]:
     """Top-level keys that are read when the config has been."""
     read = {*UPSTREAM_KEYS, *OWN_KEYS} - {"custom_imports"}  # done while the config was read
-    if runner := RUNNERS.get(runner_type or cfg.get("runner_type") or "Runner"):
+    kind = runner_type or cfg.get("runner_type") or "Runner"
+    if runner := kind if isinstance(kind, type) else RUNNERS.get(kind):
         read |= inspect.signature(runner).parameters.keys()  # FlexibleRunner's strategy
     if dataset_to_test(cfg).get("pipeline"):
         read.discard("test_pipeline")  # it wins, so that testing and predicting cannot differ

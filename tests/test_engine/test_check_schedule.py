@@ -26,8 +26,13 @@ class Scheduler:
         return [0.0]
 
 
-def resumed_run(iteration: int, max_iters: int, configured: int, restored: int) -> SimpleNamespace:
-    """A runner as it is before training, and the hook's memory of its configured schedule."""
+def resumed_run(
+    iteration: int, max_iters: int, configured: int, restored: int, flexible: bool = False
+) -> SimpleNamespace:
+    """A runner as it is before training, and the hook's memory of its configured schedule.
+
+    MMEngine's FlexibleRunner loads the checkpoint before it calls `before_run`.
+    """
     hook = CheckScheduleHook()
     runner = SimpleNamespace(
         _resume=True,
@@ -38,8 +43,13 @@ def resumed_run(iteration: int, max_iters: int, configured: int, restored: int) 
         param_schedulers=[Scheduler(10), Scheduler(configured)],
         logger=logging.getLogger("test"),
     )
-    hook.before_run(runner)
+    if flexible:
+        hook.after_load_checkpoint(runner, {})
+    else:
+        hook.before_run(runner)
     runner.param_schedulers = [Scheduler(10), Scheduler(restored)]
+    if flexible:
+        hook.before_run(runner)
     runner.before_train = lambda: hook.before_train(runner)
     return runner
 
@@ -49,12 +59,14 @@ def test_an_interrupted_run_goes_on_in_silence(caplog: pytest.LogCaptureFixture)
     assert not caplog.records
 
 
-def test_a_finished_run_with_more_iterations_is_refused() -> None:
+@pytest.mark.parametrize("flexible", [False, True])
+def test_a_finished_run_with_more_iterations_is_refused(flexible: bool) -> None:
     """It would train at a learning rate of 0."""
+    run = resumed_run(80, max_iters=160, configured=160, restored=80, flexible=flexible)
     with pytest.raises(
         CheckpointError, match=r"ends at iteration 80, that of the config at 160.*0"
     ):
-        resumed_run(80, max_iters=160, configured=160, restored=80).before_train()
+        run.before_train()
 
 
 def test_an_interrupted_run_with_more_iterations_is_warned_of(

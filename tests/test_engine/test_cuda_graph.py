@@ -176,11 +176,11 @@ def train_while_pinning() -> None:
     done = Event()
 
     def pin() -> int:
-        count = 0
+        # What is freed would be used again, without a call that a recording could not stand.
+        kept = []
         while not done.is_set():
-            count += 1
-            torch.empty(1 << 16 << count % 8).pin_memory()
-        return count
+            kept.append(torch.empty(1024).pin_memory())
+        return len(kept)
 
     with DefaultScope.overwrite_default_scope("mmseg"), ThreadPoolExecutor(1) as loader:
         pinned = loader.submit(pin)

@@ -4,10 +4,12 @@ import argparse
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from torch.utils.data import DataLoader
@@ -150,6 +152,13 @@ class TestOptions:
     def test_what_another_runner_reads_may_be_set(self, config):
         options = ("runner_type=FlexibleRunner", "strategy.type=FSDPStrategy")
         cfg = launch.load_config(parsed(str(config), "--cfg-options", *options))
+        assert cfg.strategy.type == "FSDPStrategy"
+
+    def test_a_runner_may_be_a_class(self, config):
+        config.write_text(
+            "from mmengine.runner import FlexibleRunner\nrunner_type = FlexibleRunner\n"
+        )
+        cfg = launch.load_config(parsed(str(config), "--cfg-options", "strategy.type=FSDPStrategy"))
         assert cfg.strategy.type == "FSDPStrategy"
 
     def test_a_test_pipeline_is_read_where_the_data_set_has_none(self, config):
@@ -302,15 +311,38 @@ class TestResume:
         monkeypatch.setattr(sys, "argv", ["tools/train.py", *shlex.split(before)])
         assert launch._resume_command() == f"python tools/train.py {after}"
 
-    def test_no_loader_outlives_the_training(self):
+    @pytest.mark.parametrize("error", [None, ValueError])
+    def test_no_loader_outlives_the_training(self, error):
+        def train() -> None:
+            next(iter(loader))
+            if error:
+                raise error
+
         loader = DataLoader([0, 1], num_workers=1, persistent_workers=True)
         loop = SimpleNamespace(dataloader=loader)
-        runner = SimpleNamespace(
-            train=lambda: next(iter(loader)), _train_loop=loop, _val_loop=dict(type="ValLoop")
-        )
-        launch.train(runner)
+        runner = SimpleNamespace(train=train, _train_loop=loop, _val_loop=dict(type="ValLoop"))
+        with pytest.raises(error) if error else nullcontext():
+            launch.train(runner)
         (worker,) = loader._iterator._workers
         assert worker.exitcode == 0
+
+    @pytest.mark.parametrize("gpu", [False, True])
+    def test_batches_are_pinned_where_there_is_a_gpu(self, gpu, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        for before, after in (
+            (dict(batch_size=1), dict(batch_size=1, **dict(pin_memory=True) if gpu else {})),
+            (dict(pin_memory=False), dict(pin_memory=False)),
+            (None, None),
+        ):
+            cfg = Config(dict(train_dataloader=before))
+            launch.pin_batches(cfg)
+            assert cfg.train_dataloader == after
+
+    def test_a_loader_that_is_built_is_left_alone(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        cfg = Config(dict(train_dataloader=DataLoader([0, 1])))
+        launch.pin_batches(cfg)
+        assert not cfg.train_dataloader.pin_memory
 
     def test_a_launcher_is_left_to_the_user(self):
         """Its own command, such as torchrun's, is not in this process's arguments."""

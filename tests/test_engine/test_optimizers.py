@@ -48,6 +48,15 @@ def test_every_parameter_is_in_one_of_two_groups_without_layer_decay():
         assert settings[name] == (0.1, 0.05 if decays else 0.0)
 
 
+def test_a_wrapper_is_looked_through():
+    """DDP, which MMEngine has been put around the model by then."""
+    model = Segmentor()
+    wrapper = nn.Module()
+    wrapper.module = model
+    expected = settings_of(model, optimizer_of(model, layer_decay_rate=0.5))
+    assert settings_of(model, optimizer_of(wrapper, layer_decay_rate=0.5)) == expected
+
+
 def test_the_rate_decays_from_the_head_to_the_embedding():
     model = Segmentor()
     settings = settings_of(model, optimizer_of(model, layer_decay_rate=0.5))

@@ -37,7 +37,11 @@ class CheckScheduleHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Remember where the configured schedules end; resuming overwrites it."""
-        self._configured_ends = [scheduler.end for scheduler in _schedulers(runner)]
+        self._configured_ends = self._configured_ends or [s.end for s in _schedulers(runner)]
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """As `before_run`, which FlexibleRunner calls after it has resumed."""
+        self.before_run(runner)
 
     def before_train(self, runner: Runner) -> None:
         """Compare the schedule with the training, and a restored one with the configured one."""
