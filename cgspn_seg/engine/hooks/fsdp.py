@@ -39,7 +39,7 @@ def check_strategy(runner: Runner) -> None:
         raise ValueError("custom_hooks: EMAHook does not work under FSDP; leave it out")
     clip = (runner.cfg.get("optim_wrapper") or {}).get("clip_grad") or {}
     unknown = sorted(clip.keys() - {"type", *_CLIP_OPTIONS})
-    if clip.get("type", "norm") in ("norm", "norm_") and unknown:
+    if clip.get("type", "norm") == "norm" and unknown:
         raise ValueError(
             f"optim_wrapper.clip_grad: FSDP clips by {' and '.join(_CLIP_OPTIONS)}; leave out "
             f"{', '.join(unknown)}"
