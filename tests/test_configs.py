@@ -24,7 +24,7 @@ from cgspn_seg.models.checks import check_channels, check_sizes
 CONFIGS = Path(__file__).parent.parent / "configs"
 COMPLETE = sorted(p for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
 NAME = re.compile(
-    r"(?P<family>cgspn|vit|gspn|gspn2)-(?P<arch>[a-z0-9]+)(-p(?P<patch>\d+))?"
+    r"(?P<family>cgspn|vit|gspn|gspn2)-(?P<arch>[a-z0-9]+)(-p(?P<patch>\d+))?(?P<distilled>-distilled)?"
     r"_upernet_(?P<gpus>\d+)xb(?P<batch>\d+)"
     r"-(?P<thousands>[\d.]+)k_(?P<data>ade20k|camvid)-(?P<height>\d+)x(?P<width>\d+)"
 )
@@ -147,6 +147,7 @@ def test_the_name_says_what_is_inside(path):
     assert (backbone.type, backbone.arch) == (family["type"], name["arch"])
     assert backbone.get("mixer", "cgspn") == family.get("mixer", "cgspn")
     assert backbone.get("patch_size", 16) == int(name["patch"] or 16)
+    assert ("init_cfg" in backbone) == bool(name["distilled"])
     assert cfg.model.decode_head.type == "UPerHead"
     assert cfg.train_dataloader.batch_size == int(name["batch"])
     assert cfg.train_cfg.max_iters == float(name["thousands"]) * 1000
