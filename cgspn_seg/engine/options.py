@@ -104,9 +104,10 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
 def _keys_read(cfg: Config, runner_type: str | None = None) -> set[str]:
     """Top-level keys that are read when the config has been."""
     read = {*UPSTREAM_KEYS, *OWN_KEYS} - {"custom_imports"}  # done while the config was read
-    kind = runner_type or cfg.get("runner_type") or "Runner"
-    if runner := kind if isinstance(kind, type) else RUNNERS.get(kind):
-        read |= inspect.signature(runner).parameters.keys()  # FlexibleRunner's strategy
+    if kind := runner_type or cfg.get("runner_type"):
+        runner = kind if isinstance(kind, type) else RUNNERS.get(kind)
+        if runner is not None:  # what does not exist is refused where it is built
+            read |= inspect.signature(runner).parameters.keys()  # FlexibleRunner's strategy
     if dataset_to_test(cfg).get("pipeline"):
         read.discard("test_pipeline")  # it wins, so that testing and predicting cannot differ
     return read

@@ -311,6 +311,12 @@ class TestResume:
         monkeypatch.setattr(sys, "argv", ["tools/train.py", *shlex.split(before)])
         assert launch._resume_command() == f"python tools/train.py {after}"
 
+    def test_a_launcher_is_left_to_the_user(self):
+        """Its own command, such as torchrun's, is not in this process's arguments."""
+        assert launch._resume_command("pytorch") == "the same command with --resume"
+
+
+class TestLoaders:
     @pytest.mark.parametrize("error", [None, ValueError])
     def test_no_loader_outlives_the_training(self, error):
         def train() -> None:
@@ -343,7 +349,3 @@ class TestResume:
         cfg = Config(dict(train_dataloader=DataLoader([0, 1])))
         launch.pin_batches(cfg)
         assert not cfg.train_dataloader.pin_memory
-
-    def test_a_launcher_is_left_to_the_user(self):
-        """Its own command, such as torchrun's, is not in this process's arguments."""
-        assert launch._resume_command("pytorch") == "the same command with --resume"
